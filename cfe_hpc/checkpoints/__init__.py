@@ -1,0 +1,1 @@
+"""Sharded, verified, rotated checkpoints."""

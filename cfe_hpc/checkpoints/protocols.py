@@ -1,0 +1,110 @@
+"""What checkpoints need of the world: pieces of tensors to write, and a group of ranks that act together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+__all__ = ["Group", "Piece", "ReadInto", "Sharded", "SoloGroup"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A run of elements of one global tensor, held by this rank.
+
+    Any rank layout is a set of pieces: a whole replicated tensor (start 0, all elements), a ZeRO partition (a
+    flat interval), a row shard. Reading asks for intervals again, whatever layout wrote them.
+
+    Attributes:
+        name: global name, unique in the checkpoint, e.g. "model/blocks.0.attn.wq" or "exp_avg/blocks.0.attn.wq".
+        dtype: torch's word without the prefix: "float32", "bfloat16", "int64", "uint8", "bool" …
+        shape: global shape.
+        start: first element of the piece, counted in the flattened (row-major) global tensor.
+        data: the elements, little-endian, contiguous bytes. It may alias live memory: whoever keeps it beyond
+            the call that it was passed to must copy it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    data: memoryview
+
+
+class ReadInto(Protocol):
+    """Fills memory from a checkpoint, whichever ranks wrote the bytes."""
+
+    def names(self) -> Sequence[str]:
+        """Global tensor names in the checkpoint, sorted."""
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype, global shape) of a tensor. Raises CheckpointMismatch when it is not in the checkpoint."""
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` (writable contiguous bytes) with the elements from `start` on of the flattened tensor.
+
+        Raises:
+            CheckpointMismatch: no such tensor, or the interval goes beyond it.
+            CorruptCheckpoint: the bytes are not those that were written.
+        """
+
+
+class Sharded(Protocol):
+    """An object that knows how to lay its own state out in pieces (a DeepSpeed engine's adapter, say).
+
+    Objects without these methods are taken by their state_dict / load_state_dict.
+    """
+
+    def checkpoint_layout(self) -> dict[str, Any]:
+        """What must agree between checkpoint and job, as JSON: engine kind, zero_stage, precision, variant …"""
+
+    def checkpoint_state(self) -> tuple[Iterable[Piece], Any]:
+        """This rank's pieces, and a tree for everything that is no large tensor (plain Python values and small
+        tensors; see checkpoints.codec). Every rank calls it; it may enter collectives."""
+
+    def load_checkpoint_state(self, reader: ReadInto, tree: Any) -> None:
+        """Take the state back. Every rank calls it with the tree that this rank (or, at another world size,
+        rank 0) saved; it may enter collectives."""
+
+
+class Group(Protocol):
+    """Ranks that act together. Every method is collective: all ranks call it, in the same order."""
+
+    rank: int
+    size: int
+
+    def all_max(self, values: Sequence[int]) -> list[int]:
+        """Element-wise maximum over ranks of 64-bit integers; the cheapest of these calls."""
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes (lengths may differ), by rank, on every rank."""
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        """The source's bytes on every rank; the others' argument is ignored."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called."""
+
+
+class SoloGroup:
+    """The group of one: a run of a single rank needs no collectives, and no torch."""
+
+    rank = 0
+    size = 1
+
+    def all_max(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        return data
+
+    def barrier(self) -> None:
+        return None
+
+
+Fault = Callable[[str], None]
+"""Called with the name of each moment of a save ("shard-written", "before-commit" …); tests die there."""

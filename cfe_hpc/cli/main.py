@@ -1,0 +1,97 @@
+"""The command line: finds the verb, loads its module alone, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+from cfe_hpc.errors import CfeError, ConfigError, ImpossibleError
+
+__all__ = ["VERBS", "Verb", "main"]
+
+# verb: (module under cfe_hpc.cli, one line for --help). A verb is added by one row and one file.
+VERBS: dict[str, tuple[str, str]] = {
+    "submit": ("submit", "plan a job, check it, and send it to the scheduler"),
+    "check": ("check", "plan and check a job without sending it"),
+    "status": ("status", "runs, their states, steps and goodput"),
+    "logs": ("logs", "the logs of a run, one rank's or all merged"),
+    "cancel": ("cancel", "stop a run for good"),
+    "requeue": ("requeue", "save a run and put it back in the queue"),
+    "checkpoints": ("checkpoints", "list, verify and prune a run's checkpoints"),
+    "data": ("data", "build and check token files"),
+    "sites": ("sites", "list and show site profiles"),
+    "config": ("config", "show a job as resolved, and where each value came from"),
+    "doctor": ("doctor", "what this machine and this cluster can do, and why"),
+}
+
+
+class Verb(Protocol):
+    """What a verb's module offers."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments and its description."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the exit code. Raises CfeError for what a user can mend."""
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items())
+    return (
+        "usage: cfe-hpc VERB ...\n\n"
+        "Train on Slurm clusters without losing a step to preemptions, time limits or dead nodes.\n\n"
+        f"{rows}\n\n"
+        "`cfe-hpc VERB --help` tells more of one verb. Exit codes: 0 good, 1 the run or check failed,\n"
+        "2 usage or configuration, 3 scheduler unreachable or refused, 4 planned and found impossible.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: the words after the program's name; sys.argv's when None.
+
+    Returns:
+        The exit code. Errors meant for users go to standard error, one line each, never a traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from cfe_hpc import __version__
+
+        print(f"cfe-hpc {__version__}")
+        return 0
+    if words[0] not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(words[0], VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see cfe-hpc --help"
+        print(f"error: cfe-hpc: no such verb ({words[0]}); {hint}", file=sys.stderr)
+        return 2
+    verb: Verb = import_module(f"cfe_hpc.cli.{VERBS[words[0]][0]}")
+    parser = argparse.ArgumentParser(prog=f"cfe-hpc {words[0]}", allow_abbrev=False)
+    verb.configure(parser)
+    try:
+        return verb.run(parser.parse_args(words[1:]))
+    except (ConfigError, ImpossibleError) as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    except CfeError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: that is no error of ours, and Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,1 @@
+"""Accelerators behind one small protocol."""

@@ -1,0 +1,124 @@
+"""Every error a user can meet, and the exit code it ends the command with.
+
+    CfeError                1  anything of ours; a message, never a traceback
+    ├── ConfigError         2  a job file, a site profile, an environment variable or --set is wrong
+    ├── UsageError          2  the command line, or the thing it names, is wrong
+    ├── SchedulerError      3  the scheduler is unreachable or refused
+    ├── ImpossibleError     4  well formed, planned, and can never run
+    ├── RunFailed           1  a run, a check or a drill failed
+    ├── DataError           1  a token file is missing, damaged or of another layout
+    └── CheckpointError     1  a checkpoint could not be written or read
+        ├── CorruptCheckpoint  a checkpoint is torn, altered, or a shard of it is missing
+        └── CheckpointMismatch a checkpoint is whole, but of another model, variant or layout
+
+Only `cfe_hpc.cli.main` turns an error into an exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "CfeError",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DataError",
+    "ImpossibleError",
+    "Problem",
+    "RunFailed",
+    "SchedulerError",
+    "UsageError",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with one place of one file: a line of an error report.
+
+    Attributes:
+        file: where the value came from: a path as the user gave it, `--set`, or an environment variable.
+        key: dotted path of the key, "" when the whole file is meant.
+        what: what is wrong, lower case, without the value.
+        value: the offending value as the user would write it; None when there is none to show.
+        remedy: what to do about it.
+    """
+
+    file: str
+    key: str
+    what: str
+    remedy: str
+    value: Any = None
+
+    def __str__(self) -> str:
+        """`<file>: <key>: <what is wrong> (<value>); <what to do>`, on one line."""
+        place = f"{self.file}: {self.key}: " if self.key else f"{self.file}: "
+        shown = "" if self.value is None else f" ({_one_line(self.value)})"
+        return f"{place}{self.what}{shown}; {self.remedy}".replace("\n", "\\n")
+
+
+def _one_line(value: Any, limit: int = 120) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class CfeError(Exception):
+    """Base of all errors with a message made for users. `str(error)` is one line or several."""
+
+    exit_code = 1
+
+
+class _Problems(CfeError):
+    """An error made of problems, all of them reported together."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(_Problems):
+    """What the user wrote is wrong; holds every problem found, in the order of the files."""
+
+    exit_code = 2
+
+
+class ImpossibleError(_Problems):
+    """The job is well formed but could never run at this site; holds every reason."""
+
+    exit_code = 4
+
+
+class UsageError(CfeError):
+    """The command line names something that is not there or makes no sense."""
+
+    exit_code = 2
+
+
+class SchedulerError(CfeError):
+    """The scheduler could not be reached, or refused what was asked."""
+
+    exit_code = 3
+
+
+class RunFailed(CfeError):
+    """A run, a check or a drill ended badly."""
+
+
+class DataError(CfeError):
+    """A token file is missing, damaged or laid out otherwise than expected."""
+
+
+class CheckpointError(CfeError):
+    """A checkpoint could not be written or read."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint is torn or altered; the message names the folder, the file and what differs."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A whole checkpoint that belongs to another model, variant, engine or layout; every difference is named."""

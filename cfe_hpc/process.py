@@ -1,0 +1,77 @@
+"""The one door to other programs: argument lists, a time limit, and an error that says what failed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfe_hpc.errors import CfeError
+
+__all__ = ["CommandError", "Completed", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """What a program left behind: its exit status and its two texts."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class CommandError(CfeError):
+    """A program is missing, failed, or ran past its time limit. `completed` is None unless it ran to its end."""
+
+    def __init__(self, message: str, completed: Completed | None = None) -> None:
+        super().__init__(message)
+        self.completed = completed
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    check: bool = True,
+    stdin: str | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Completed:
+    """Run a program to its end without a shell and return what it printed.
+
+    Args:
+        argv: the program and its arguments, one item each.
+        timeout_s: seconds until it is killed.
+        check: raise when it exits with another status than 0.
+        stdin: text for its standard input; nothing (an empty file) when None.
+        env: the whole environment; this process's own when None.
+
+    Raises:
+        CommandError: it could not be started, ran too long, or (with check) exited with another status than 0.
+    """
+    shown = " ".join(argv[:4]) + (" …" if len(argv) > 4 else "")
+    try:
+        done = subprocess.run(
+            list(argv),
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            cwd=cwd,
+            env=None if env is None else dict(env),
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise CommandError(f"{argv[0]}: command not found") from error
+    except OSError as error:
+        raise CommandError(f"{argv[0]}: cannot be started ({error.strerror})") from error
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(f"`{shown}` gave no answer within {timeout_s:g} s") from error
+    completed = Completed(argv=tuple(argv), returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+    if check and done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
+        raise CommandError(f"`{shown}` failed with exit status {done.returncode}: {said}", completed)
+    return completed

@@ -1,0 +1,1 @@
+"""One process per device: rank facts, rendezvous, the stop protocol and Run."""

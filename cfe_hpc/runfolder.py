@@ -1,0 +1,186 @@
+"""The run folder: all that login node, ranks and people know of a run lies here, in readable files.
+
+<runs root>/<job name>/<run id>/
+    run.toml            resolved job, site and plan; written once
+    submission.sh       what went to sbatch
+    logs/               <slurm job id>.<attempt>.<rank>.out and .err
+    events.ndjson       what happened, in order
+    heartbeat.ndjson    one line a logged step, from rank 0
+    checkpoints/        step-000000400/ …
+    result.json         how it ended
+    control/            requests and promises between processes; each a small file, written once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from cfe_hpc.files import append_ndjson, read_ndjson, write_atomic
+
+__all__ = ["EVENTS", "Event", "RunFolder", "new_run_id", "safe_name", "utc_now"]
+
+Event = Literal[
+    "submitted",
+    "started",
+    "resumed",
+    "checkpoint_saved",
+    "checkpoint_failed",
+    "signal",
+    "preempted",
+    "requeued",
+    "rolled_back",
+    "degraded",
+    "failed",
+    "completed",
+    "cancelled",
+    "held",
+]
+EVENTS: tuple[str, ...] = Event.__args__  # type: ignore[attr-defined]
+
+RUN_ID = re.compile(r"^.+-\d{8}-\d{6}-[0-9a-f]{4}$")
+
+
+def utc_now() -> str:
+    """The time as RFC 3339 in UTC with milliseconds: 2026-01-31T23:59:59.123Z."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def safe_name(name: str) -> str:
+    """`name` as one path component that no shell, Slurm pattern or filesystem stumbles over.
+
+    Letters, digits, dot, dash and underscore stay; every run of others becomes one dash. Two names may meet in
+    one folder: run ids keep their runs apart.
+    """
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    return cleaned[:80] or "job"
+
+
+def new_run_id(job_name: str) -> str:
+    """`<job>-<YYYYMMDD-HHMMSS>-<4 hex>`, the time in UTC."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return f"{safe_name(job_name)}-{stamp}-{secrets.token_hex(2)}"
+
+
+class RunFolder:
+    """Paths and journals of one run. Making one touches nothing on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_id = path.name
+
+    @classmethod
+    def create(cls, runs_root: Path, job_name: str) -> RunFolder:
+        """A new folder with a fresh run id and its sub-folders.
+
+        Raises:
+            OSError: the runs root cannot be written.
+        """
+        parent = runs_root / safe_name(job_name)
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = cls(parent / new_run_id(job_name))
+            try:
+                folder.path.mkdir()
+            except FileExistsError:
+                continue
+            for sub in (folder.logs, folder.checkpoints, folder.control):
+                sub.mkdir()
+            return folder
+
+    @property
+    def run_toml(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
+    def submission_script(self) -> Path:
+        return self.path / "submission.sh"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.ndjson"
+
+    @property
+    def heartbeat_path(self) -> Path:
+        return self.path / "heartbeat.ndjson"
+
+    @property
+    def result_path(self) -> Path:
+        return self.path / "result.json"
+
+    def log_stem(self, *, job_id: str, attempt: int, rank: int) -> str:
+        """Name of a rank's log without its ending, `<job id>.<attempt>.<rank>`."""
+        return f"{job_id}.{attempt}.{rank}"
+
+    def append_event(self, event: Event, *, attempt: int | None, **fields: Any) -> None:
+        """Append one line to events.ndjson; fields that are None are left out.
+
+        Args:
+            attempt: the attempt it happened in; None before the first.
+            fields: as fits: step, rank, host, reason, seconds, detail.
+        """
+        record = {"time": utc_now(), "event": event, "run_id": self.run_id, "attempt": attempt, **fields}
+        append_ndjson(self.events_path, {key: value for key, value in record.items() if value is not None})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far, oldest first."""
+        return read_ndjson(self.events_path)
+
+    def heartbeats(self) -> Iterator[dict[str, Any]]:
+        """The heartbeat lines so far, oldest first."""
+        return read_ndjson(self.heartbeat_path)
+
+    def result(self) -> dict[str, Any] | None:
+        """What result.json says; None while there is none (or it is not readable as JSON)."""
+        try:
+            loaded = json.loads(self.result_path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return loaded if isinstance(loaded, dict) else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, atomically."""
+        write_atomic(self.result_path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+    def promise(self, name: str, **facts: Any) -> bool:
+        """Make `control/<name>` with `facts` as JSON, once and for all.
+
+        Returns:
+            True for the one caller, of all processes and nodes, that made it; False when it was there already.
+        """
+        self.control.mkdir(exist_ok=True)
+        aside = self.control / f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+        aside.write_text(json.dumps({"time": utc_now(), **facts}) + "\n", encoding="utf-8")
+        try:
+            os.link(aside, self.control / name)  # atomic on NFS too, unlike O_EXCL on old servers
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink()
+        return True
+
+    def promised(self, name: str) -> dict[str, Any] | None:
+        """The facts of `control/<name>`; None when nobody made it."""
+        try:
+            facts = json.loads((self.control / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) else None

@@ -1,0 +1,1 @@
+"""The training that cfe_hpc ships."""
