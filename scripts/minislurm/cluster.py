@@ -164,25 +164,43 @@ class Cluster:
         run = self.folder.root / "run"
         self._spawn(
             "munged",
-            ["munged", "--foreground", "--force", f"--socket={self.folder.munge_socket}"]
-            + [f"--key-file={self.folder.munge_key}", f"--pid-file={run}/munged.pid"]
-            + [f"--log-file={self.folder.log('munged')}", f"--seed-file={run}/munged.seed"],
+            [
+                "munged",
+                "--foreground",
+                "--force",
+                f"--socket={self.folder.munge_socket}",
+                f"--key-file={self.folder.munge_key}",
+                f"--pid-file={run}/munged.pid",
+                f"--log-file={self.folder.log('munged')}",
+                f"--seed-file={run}/munged.seed",
+            ],
         )
 
     def _start_mariadb(self, deadline: float) -> None:
-        data, root = self.folder.root / "db", self.folder.root
+        root = self.folder.root
+        common = ["--no-defaults", "--user=root", f"--datadir={root}/db"]
         self._ask(
-            ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db"]
-            + ["--auth-root-authentication-method=socket"],
+            ["mariadb-install-db", *common, "--skip-test-db", "--auth-root-authentication-method=socket"],
             timeout_s=max(1.0, deadline - time.monotonic()),
         )
         self._spawn(
             "mariadb",
-            ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={self.folder.mariadb_socket}"]
-            + ["--bind-address=127.0.0.1", f"--port={self.settings.mariadb_port}", "--skip-name-resolve"]
-            + [f"--pid-file={root}/run/mariadb.pid", f"--init-file={root}/etc/init.sql", "--skip-log-bin"]
-            + ["--innodb-buffer-pool-size=128M", "--innodb-log-file-size=64M", "--innodb-lock-wait-timeout=900"]
-            + ["--innodb-flush-log-at-trx-commit=0"],
+            [
+                "mariadbd",
+                *common,
+                f"--socket={self.folder.mariadb_socket}",
+                "--bind-address=127.0.0.1",
+                f"--port={self.settings.mariadb_port}",
+                "--skip-name-resolve",
+                f"--pid-file={root}/run/mariadb.pid",
+                f"--init-file={root}/etc/init.sql",
+                "--skip-log-bin",
+                # The first three are what slurmdbd asks for; nothing here has to outlive a power cut.
+                "--innodb-buffer-pool-size=128M",
+                "--innodb-log-file-size=64M",
+                "--innodb-lock-wait-timeout=900",
+                "--innodb-flush-log-at-trx-commit=0",
+            ],
         )
         self._wait_for_port("mariadb", self.settings.mariadb_port, deadline)
 
@@ -219,8 +237,10 @@ class Cluster:
         states: dict[str, str] = {}
 
         def ready() -> bool:
-            with contextlib.suppress(MinislurmError):
-                states.update(line.split() for line in self._ask(query).splitlines())
+            with contextlib.suppress(MinislurmError):  # slurmctld does not answer yet
+                for line in self._ask(query).splitlines():
+                    name, state = line.split()
+                    states[name] = state
             return all(states.get(name) in ("idle", "mix", "alloc", "comp") for name in names)
 
         if not wait_until(ready, deadline=deadline, pause_s=0.2):
@@ -318,9 +338,8 @@ class Cluster:
             )
         if re.search(r"[^\w./-]", str(self.folder.root)):
             raise MinislurmError(f"{self.folder.root}: slurm.conf takes no such characters; name another with --dir")
-        if not (
-            1 <= wanted.nodes and 0 <= wanted.gaudi_nodes and wanted.nodes + wanted.gaudi_nodes <= layout.MAX_NODES
-        ):
+        total = wanted.nodes + wanted.gaudi_nodes
+        if wanted.nodes < 1 or wanted.gaudi_nodes < 0 or total > layout.MAX_NODES:
             raise MinislurmError(f"at least one gpu node and at most {layout.MAX_NODES} nodes in all")
 
     def _ask(self, argv: Sequence[str], *, timeout_s: float = 20.0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,10 +33,8 @@ class Process:
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.alive():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                pass
 
 
 def spawn(argv: Sequence[str], *, env: Mapping[str, str], output: Path, cwd: Path) -> Process:
