@@ -160,6 +160,11 @@ class RunFolder:
         """Write result.json, atomically."""
         write_atomic(self.result_path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
+    def reopen(self) -> None:
+        """Take back what an earlier attempt said of the run's end: an attempt begins, so it has not ended."""
+        self.result_path.unlink(missing_ok=True)
+        (self.control / "held").unlink(missing_ok=True)
+
     def promise(self, name: str, **facts: Any) -> bool:
         """Make `control/<name>` with `facts` as JSON, once and for all.
 

@@ -1,0 +1,80 @@
+"""`python -m cfe_hpc.ranks RUN_DIR`: one rank of a run, however it was started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import CfeError
+from cfe_hpc.ranks import signals
+from cfe_hpc.ranks.env import read_facts
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be a rank until the job's entry or command ends; returns the exit status."""
+    (run_dir,) = sys.argv[1:] if argv is None else argv
+    folder = RunFolder(Path(run_dir))
+    spec = RunSpec.read(folder.run_toml)
+    os.environ["CFE_RUN_DIR"] = str(folder.path)
+    os.chdir(spec.provenance.workdir)
+    if spec.job.command is not None:
+        from cfe_hpc.ranks.command import run_command
+
+        return run_command(folder, spec, read_facts())
+    signals.install()
+    return _run_entry(folder, spec)
+
+
+def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
+    from cfe_hpc.ranks.run import join
+
+    facts = read_facts()
+    try:
+        run = join()
+        # `python -m` has put the starting folder on the path, which need not be where the job was submitted.
+        sys.path.insert(0, spec.provenance.workdir)
+        module, _, function = (spec.job.entry or "").partition(":")
+        getattr(import_module(module), function)(run)
+        _leave_process_group()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        _report(folder, facts.attempt, facts.rank, error)
+        # Not `return`: threads of a broken collective would keep the interpreter, and so the whole job, from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code if isinstance(error, CfeError) else 1)
+    return 0
+
+
+def _leave_process_group() -> None:
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _report(folder: RunFolder, attempt: int, rank: int, error: BaseException) -> None:
+    """Say what went wrong: to this rank's log, in full unless the message is made for users, and as an event."""
+    if isinstance(error, CfeError):
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    else:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    try:
+        folder.append_event("failed", attempt=attempt, rank=rank, host=os.uname().nodename, reason=reason[:500])
+    except OSError as unwritable:
+        print(f"cfe_hpc: the event could not be written: {unwritable}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

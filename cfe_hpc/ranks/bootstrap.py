@@ -1,0 +1,87 @@
+"""From a bare process to a rank that knows its place, its peers and its device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from cfe_hpc import log
+from cfe_hpc.checkpoints.protocols import Group
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.devices.base import Device
+from cfe_hpc.devices.resolve import resolve
+from cfe_hpc.ranks import control
+from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.rendezvous import Meeting, meet
+
+__all__ = ["Place", "bootstrap", "rank_environment"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where this rank stands: its facts, its device (with the reason for it), and the group of all ranks."""
+
+    facts: RankFacts
+    meeting: Meeting
+    device: Device
+    group: Group
+
+
+def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[str, str]:
+    """The variables that torch.distributed, DeepSpeed and collective libraries read, for this rank."""
+    variables = {
+        "RANK": str(facts.rank),
+        "LOCAL_RANK": str(facts.local_rank),
+        "WORLD_SIZE": str(facts.world_size),
+        "LOCAL_WORLD_SIZE": str(facts.local_world_size),
+        "NODE_RANK": str(facts.node_rank),
+        "MASTER_ADDR": meeting.address,
+        "MASTER_PORT": str(meeting.master_port),
+        "CFE_CONTROL_PORT": str(meeting.control_port),
+    }
+    interface = spec.site.network.interface
+    if interface and facts.num_nodes > 1:
+        variables.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"), interface))
+    return variables
+
+
+def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str] | None = None) -> Place:
+    """Meet the other ranks, choose the device, set the environment. Collective: every rank calls it once.
+
+    Side effects: changes the environment (os.environ unless given) and configures this package's log. Loads torch
+    only for a run of several ranks.
+    """
+    env = os.environ if environ is None else environ
+    log.configure(rank=facts.rank)
+    meeting = _inherited(env) or meet(facts, token=spec.run_id)
+    env.update(rank_environment(facts, meeting, spec))
+    choice = resolve(spec.plan.accelerator)
+    env.update(choice.device.environment(facts))
+    choice.device.activate(facts.local_rank)
+    logger.info(
+        "rank %d of %d on %s (attempt %d, job %s); device %s: %s",
+        facts.rank,
+        facts.world_size,
+        socket.gethostname(),
+        facts.attempt,
+        facts.job_id,
+        choice.device.name,
+        choice.reason,
+    )
+    return Place(facts=facts, meeting=meeting, device=choice.device, group=control.connect(facts, meeting))
+
+
+def _inherited(env: MutableMapping[str, str]) -> Meeting | None:
+    """The meeting that a `command` job's wrapper has arranged for its child."""
+    if "CFE_CONTROL_PORT" not in env:
+        return None
+    return Meeting(
+        address=env["MASTER_ADDR"],
+        master_port=int(env["MASTER_PORT"]),
+        control_port=int(env["CFE_CONTROL_PORT"]),
+    )

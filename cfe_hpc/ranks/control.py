@@ -1,0 +1,89 @@
+"""The control plane: a gloo group of its own, beside whatever collectives the training uses.
+
+Agreement must not depend on the user's process group: it may not exist yet, use a device backend that would
+synchronise the device, or be mid-collective on a failing rank. torch is imported on first use: a run of one rank
+never needs it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from cfe_hpc.checkpoints.protocols import Group, SoloGroup
+from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.rendezvous import Meeting
+
+__all__ = ["GlooGroup", "connect"]
+
+# Ranks reach a boundary at different times when one evaluates or builds data alone; a dead peer is noticed at
+# once by its closed connection, so that a long limit costs nothing there.
+_TIMEOUT_S = 3600.0
+
+
+def connect(facts: RankFacts, meeting: Meeting) -> Group:
+    """The group of all ranks of the attempt. Collective: every rank calls it once."""
+    if facts.world_size == 1:
+        return SoloGroup()
+    return GlooGroup(facts.rank, facts.world_size, meeting)
+
+
+class GlooGroup:
+    """`Group` over torch's gloo backend. See checkpoints.protocols.Group for each method's contract."""
+
+    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.size = rank, size
+        timeout = timedelta(seconds=_TIMEOUT_S)
+        # The group lives as long as its store: keep it.
+        self._store = dist.TCPStore(meeting.address, meeting.control_port, size, rank == 0, timedelta(seconds=300))
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), rank, size, timeout)
+        self._max = dist.AllreduceOptions()
+        self._max.reduceOp = dist.ReduceOp.MAX
+        self._torch = torch
+        self._dist = dist
+        self._flags = torch.zeros(0, dtype=torch.int64)
+
+    def all_max(self, values: Sequence[int]) -> list[int]:
+        if len(values) != len(self._flags):
+            self._flags = self._torch.zeros(len(values), dtype=self._torch.int64)
+        for index, value in enumerate(values):
+            self._flags[index] = value
+        self._group.allreduce([self._flags], self._max).wait()
+        agreed: list[int] = self._flags.tolist()
+        return agreed
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        longest = self.all_max([len(data)])[0]
+        mine = self._bytes(len(data).to_bytes(8, "little") + data, longest + 8)
+        every = [self._torch.empty(longest + 8, dtype=self._torch.uint8) for _ in range(self.size)]
+        self._group.allgather([every], [mine]).wait()
+        return [_unpack(tensor) for tensor in every]
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        size = self.all_max([len(data) if self.rank == source else 0])[0]
+        tensor = self._bytes(data if self.rank == source else b"", size)
+        options = self._dist.BroadcastOptions()
+        options.rootRank = source
+        self._group.broadcast([tensor], options).wait()
+        return bytes(tensor.numpy().tobytes())
+
+    def barrier(self) -> None:
+        self.all_max([0])
+
+    def _bytes(self, data: bytes, size: int) -> Any:
+        padded = bytearray(data.ljust(size, b"\0"))
+        return (
+            self._torch.frombuffer(padded, dtype=self._torch.uint8)
+            if size
+            else self._torch.empty(0, dtype=self._torch.uint8)
+        )
+
+
+def _unpack(tensor: Any) -> bytes:
+    raw = tensor.numpy().tobytes()
+    size = int.from_bytes(raw[:8], "little")
+    return bytes(raw[8 : 8 + size])

@@ -1,0 +1,164 @@
+"""Where ranks meet: rank 0 finds two free ports and tells the others, with no shared file and no fixed port.
+
+Ports are derived from job id and attempt, so that two jobs on one node, or two attempts of one job, do not meet.
+A derived port may still be taken: rank 0 walks down a fixed list of candidates until one is free, and the others
+walk the same list until someone there knows the password (the run's token). A stranger's listener costs one
+candidate, not the attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from cfe_hpc.errors import CfeError
+from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.env import RankFacts
+
+__all__ = ["Meeting", "candidate_ports", "meet", "reachable_address"]
+
+logger = logging.getLogger(__name__)
+
+# Below Linux's ephemeral range (32768 to 60999), so that no outgoing connection sits on one by chance.
+_LOWEST, _HIGHEST = 20_000, 32_767
+_CANDIDATES = 16
+_REPLY_LIMIT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where the ranks of one attempt meet.
+
+    Attributes:
+        address: of rank 0's node, as the other nodes reach it.
+        master_port: free on rank 0's node when it looked: torch.distributed's.
+        control_port: free too: the control plane's.
+    """
+
+    address: str
+    master_port: int
+    control_port: int
+
+
+def candidate_ports(job_id: str, attempt: int, purpose: str) -> Iterator[int]:
+    """Ports to try in turn, the same on every rank."""
+    for k in range(_CANDIDATES):
+        digest = zlib.crc32(f"{purpose}:{job_id}:{attempt}:{k}".encode())
+        yield _LOWEST + digest % (_HIGHEST - _LOWEST + 1)
+
+
+def reachable_address(host: str) -> str:
+    """`host`, or the address Slurm knows it by where the name resolves to nothing (node names need not be host names).
+
+    Raises:
+        CfeError: nobody knows the name.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except socket.gaierror:
+        pass
+    try:
+        shown = run(["scontrol", "show", "node", host, "-o"], timeout_s=20).stdout
+    except CommandError as error:
+        raise CfeError(f"node {host}: the name does not resolve, and Slurm gives no address ({error})") from error
+    for word in shown.split():
+        if word.startswith("NodeAddr="):
+            return word.removeprefix("NodeAddr=")
+    raise CfeError(f"node {host}: the name does not resolve, and `scontrol show node` names no NodeAddr")
+
+
+def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0) -> Meeting:
+    """Agree on where to meet. Collective: every rank calls it once; it returns the same on all.
+
+    Args:
+        token: known to this attempt's ranks alone (the run id, say): keeps strangers and other attempts out.
+        timeout_s: how long rank 0 waits for the others and they for it.
+
+    Raises:
+        CfeError: no candidate port was free, or the others did not appear in time.
+    """
+    address = "127.0.0.1" if facts.num_nodes == 1 else reachable_address(facts.hosts[0])
+    password = f"{token}:{facts.job_id}:{facts.attempt}"
+    if facts.rank == 0:
+        meeting = Meeting(
+            address=address,
+            master_port=_free_port(facts, "master"),
+            control_port=_free_port(facts, "control"),
+        )
+        if facts.world_size > 1:
+            _serve(facts, meeting, password, timeout_s)
+        return meeting
+    return _ask(facts, address, password, timeout_s)
+
+
+def _bind(port: int) -> socket.socket | None:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("", port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _free_port(facts: RankFacts, purpose: str) -> int:
+    for port in candidate_ports(facts.job_id, facts.attempt, purpose):
+        listener = _bind(port)
+        if listener is not None:
+            listener.close()
+            return port
+    raise CfeError(f"none of {_CANDIDATES} ports for the {purpose} connection is free on this node; requeue the run")
+
+
+def _serve(facts: RankFacts, meeting: Meeting, password: str, timeout_s: float) -> None:
+    """Answer the other ranks on a thread until each has been told, or time is up."""
+    for port in candidate_ports(facts.job_id, facts.attempt, "meet"):
+        listener = _bind(port)
+        if listener is not None:
+            break
+    else:
+        raise CfeError(f"none of {_CANDIDATES} ports to meet at is free on this node; requeue the run")
+    reply = (json.dumps(asdict(meeting)) + "\n").encode()
+
+    def answer() -> None:
+        deadline, told = time.monotonic() + timeout_s, 0
+        with listener:
+            while told < facts.world_size - 1 and time.monotonic() < deadline:
+                listener.settimeout(max(0.1, deadline - time.monotonic()))
+                with contextlib.suppress(OSError):
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.settimeout(5)
+                        if connection.makefile("rb").readline(_REPLY_LIMIT_BYTES).decode().strip() == password:
+                            connection.sendall(reply)
+                            told += 1
+
+    threading.Thread(target=answer, name="cfe-rendezvous", daemon=True).start()
+
+
+def _ask(facts: RankFacts, address: str, password: str, timeout_s: float) -> Meeting:
+    deadline, pause_s = time.monotonic() + timeout_s, 0.02
+    while time.monotonic() < deadline:
+        for port in candidate_ports(facts.job_id, facts.attempt, "meet"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                with socket.create_connection((address, port), timeout=5) as connection:
+                    connection.sendall(f"{password}\n".encode())
+                    line = connection.makefile("rb").readline(_REPLY_LIMIT_BYTES)
+                if line:
+                    return Meeting(**json.loads(line))
+        time.sleep(pause_s)
+        pause_s = min(1.0, pause_s * 1.5)
+    raise CfeError(
+        f"rank {facts.rank} found no rank 0 on {address} within {timeout_s:g} s; "
+        "look into rank 0's log, and check that nodes reach each other on ports 20000 to 32767"
+    )

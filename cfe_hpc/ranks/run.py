@@ -1,0 +1,265 @@
+"""`Run`: what a training script sees of cfe_hpc. It resumes, logs, saves, stops and is requeued; the script trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cfe_hpc.checkpoints.protocols import Group
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, UsageError
+from cfe_hpc.metrics.exporter import build as build_exporter
+from cfe_hpc.ranks import signals
+from cfe_hpc.ranks.alone import alone_folder
+from cfe_hpc.ranks.bootstrap import Place, bootstrap
+from cfe_hpc.ranks.env import read_facts
+from cfe_hpc.ranks.journal import Journal
+from cfe_hpc.ranks.keeper import Keeper
+from cfe_hpc.ranks.scheduler import choose
+from cfe_hpc.ranks.stopping import Inquiry, Verdict, conclude
+from cfe_hpc.recovery import ledger
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["Run", "join"]
+
+logger = logging.getLogger(__name__)
+
+_joined: Run | None = None
+
+
+def join() -> Run:
+    """Join the run this process was started for; alone, a private local run.
+
+    Collective: every rank calls it, from its main thread, after anything else that installs signal handlers. Calling
+    it again returns the same Run.
+
+    Returns:
+        The Run. Inside a run its folder, ranks and device are those of the run; in a script started by hand a new
+        run folder is made under `runs/` in the current folder, and nobody requeues it.
+
+    Raises:
+        CfeError: the other ranks did not appear, the device asked for is not there, or the run folder is not readable.
+    """
+    global _joined
+    if _joined is None:
+        flag = signals.install()
+        facts = read_facts()
+        path = os.environ.get("CFE_RUN_DIR")
+        folder = RunFolder(Path(path)) if path else alone_folder(facts)
+        spec = RunSpec.read(folder.run_toml)
+        place = bootstrap(facts, spec)
+        signals.unblock()
+        _joined = Run(folder, spec, place, flag)
+    return _joined
+
+
+class Run:
+    """One rank's view of a run.
+
+    Attributes:
+        rank, local_rank, world_size, local_world_size: this process's place.
+        device: torch's word for this rank's device, "cuda:0" or "cpu".
+        folder: the run folder.
+        attempt: allocations of the run before this one.
+        params: the job's [params], free-form.
+        spec: run.toml.
+        group: all ranks, for small collectives beside the training's own.
+    """
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, flag: signals.StopFlag) -> None:
+        facts = place.facts
+        self.folder, self.spec, self.attempt = folder, spec, facts.attempt
+        self.rank, self.world_size = facts.rank, facts.world_size
+        self.local_rank, self.local_world_size = facts.local_rank, facts.local_world_size
+        self.accelerator, self.group = spec.plan.accelerator, place.group
+        self.device = place.device.torch_device(facts.local_rank)
+        self.params: Mapping[str, Any] = spec.job.params
+        self._place, self._flag = place, flag
+        self._scheduler = choose(folder, facts, spec.plan)
+        exporter = build_exporter(spec, run_id=spec.run_id, attempt=self.attempt, rank=self.rank)
+        self._journal = Journal(folder, spec, facts, exporter)
+        self._keeper = Keeper(folder, spec, place, self._journal)
+        self._done = 0
+        self._in_body = False
+        self._stop_at_once = self.rank == 0 and self._scheduler.stopping_already()
+
+    def init_distributed(self) -> None:
+        """Start torch.distributed's default process group with the device's backend. Collective.
+
+        RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set already, so that a script may also do it
+        itself. Does nothing when the group is there.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            self._place.device.init_process_group(self._place.facts)
+
+    def track(self, **objects: Any) -> None:
+        """Name what a checkpoint holds: anything with state_dict and load_state_dict, or with the Sharded protocol.
+
+        Call it on every rank, with the same names, before `steps`. Models and torch optimizers are taken to be
+        replicated, unless they are sharded; anything else belongs to its rank.
+
+        Raises:
+            UsageError: the loop has begun, a name is taken, or an object has neither protocol.
+        """
+        self._keeper.track(objects)
+
+    def expect(self, **facts: Any) -> None:
+        """State JSON facts that a checkpoint must share (variant, sizes); another value is refused before training."""
+        self._keeper.expect(facts)
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps still to do, counted from 0; collective: every rank runs the loop in the same order.
+
+        Before the first one, everything tracked and every random generator is restored from the newest checkpoint
+        that verifies. After each, at its boundary, ranks agree on whether to stop or save. When told to stop, all
+        ranks save, rank 0 has the run requeued, and SystemExit is raised out of the loop. When all steps are done the
+        final checkpoint and result.json are written.
+
+        Args:
+            total: steps of the whole run, all attempts together.
+
+        Raises:
+            SystemExit: the run was told to stop, and is saved.
+            CheckpointMismatch: the checkpoint belongs to another model or variant.
+            CorruptCheckpoint: there are checkpoints, and none of them verifies: the run is held.
+        """
+        self._journal.started(total)
+        try:
+            self._done = self._keeper.restore()
+        except CorruptCheckpoint as error:
+            self._journal.held(str(error))
+            self._write_result("HELD", reason=str(error))
+            raise
+        bits, _ = self._agree(time_due=False)
+        if bits:
+            self._stop(bits)
+        self._journal.step_begins()
+        while self._done < total:
+            self._in_body = True
+            yield self._done
+            self._in_body = False
+            self._done += 1
+            self._journal.step_ends(self._done)
+            self._boundary()
+        self.finish()
+
+    def log(self, **values: Any) -> None:
+        """Log values of this step: numbers or tensors of one element; only rank 0's are kept.
+
+        They appear in heartbeat.ndjson and on the exporter at logged steps ([metrics] every_steps), and in the next
+        checkpoint's metrics. `tokens` is the step's count over all ranks; tokens per second follow from it.
+        """
+        self._journal.log(values)
+
+    def check_stop(self) -> None:
+        """Let a stop be acted on between two boundaries: in evaluation, warm-up, or another long stretch. Collective.
+
+        Inside the body of `steps` it counts as the boundary of the current step: its update must be done.
+
+        Raises:
+            SystemExit: as in `steps`.
+        """
+        bits, _ = self._agree(time_due=False)
+        if bits:
+            if self._in_body:
+                self._done += 1
+                self._journal.step_ends(self._done)
+            self._stop(bits)
+
+    def checkpoint(self) -> None:
+        """Save now, whatever the schedule says. Collective; inside the body of `steps`, the update must be done."""
+        self._keeper.save(self._done + int(self._in_body))
+
+    def finish(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Write the final checkpoint and result.json; called by `steps` at its end. Collective.
+
+        Args:
+            metrics: added to those of the last step. A second call only adds its metrics to result.json.
+        """
+        if not self._journal.finished:
+            self._keeper.save(self._done)
+            digest = self._keeper.weights_sha256()
+            self._journal.close(timeout_s=5.0)
+            self._write_result("COMPLETED", weights_sha256=digest)
+            if self.rank == 0:
+                self.folder.append_event("completed", attempt=self.attempt, step=self._done)
+            self._journal.finished = True
+        if metrics and self.rank == 0:
+            result = self.folder.result() or {}
+            result["metrics"] = {**result.get("metrics", {}), **metrics}
+            self.folder.write_result(result)
+        self.group.barrier()
+
+    def _boundary(self) -> None:
+        bits, save_due = self._agree(time_due=self._keeper.due_by_time())
+        if bits:
+            self._stop(bits)
+        if save_due or self._keeper.due_by_step(self._done):
+            self._keeper.save(self._done)
+            self._journal.step_begins()
+
+    def _agree(self, *, time_due: bool) -> tuple[int, bool]:
+        """(stop bits, save due by time), the same on every rank. Clocks differ: rank 0's decides."""
+        stop_bits = self._flag.bits | (1 << len(signals.STOP_SIGNALS) if self._stop_at_once else 0)
+        agreed = self.group.all_max([stop_bits, int(time_due and self.rank == 0)])
+        return agreed[0], bool(agreed[1])
+
+    def _stop(self, bits: int) -> None:
+        """Save on all ranks, learn why, and end this attempt. Collective."""
+        names = signals.StopFlag.names(bits)
+        inquiry = Inquiry(self._scheduler, names) if self.rank == 0 else None
+        if self.rank == 0:
+            self.folder.append_event("signal", attempt=self.attempt, step=self._done, reason="+".join(names) or "found")
+        self._keeper.save(self._done)
+        self._journal.close(timeout_s=2.0)
+        verdict = conclude(
+            self.folder,
+            self._scheduler,
+            self.spec.job.recovery,
+            self.group,
+            inquiry=inquiry,
+            attempt=self.attempt,
+            step=self._done,
+            started_s=self._flag.first_s,
+        )
+        self._end(verdict)
+
+    def _end(self, verdict: Verdict) -> None:
+        if self.rank == 0:
+            logger.info("stopping at step %d: %s (%s)", self._done, verdict.action, verdict.why)
+        if verdict.action == "cancelled":
+            self._write_result("CANCELLED")
+        elif verdict.action == "held":
+            self._write_result("HELD", reason=verdict.why)
+        elif verdict.action == "killed":
+            self._await_kill()
+        raise SystemExit(verdict.exit_code)
+
+    def _await_kill(self) -> None:
+        limit_s = self.spec.plan.preemption.grace + self.spec.site.slurm.kill_wait + 60.0
+        logger.warning("saved; staying alive for the scheduler's kill, %.0f s at most", limit_s)
+        time.sleep(limit_s)
+
+    def _write_result(self, state: str, **more: Any) -> None:
+        if self.rank != 0:
+            return
+        summary = ledger.summarise(self.folder)
+        self.folder.write_result(
+            {
+                "state": state,
+                "final_step": self._done,
+                "attempts": self.attempt + 1,
+                "lost_steps": summary.lost_steps,
+                "goodput": summary.goodput,
+                "wall_seconds": summary.wall_seconds,
+                **more,
+                "metrics": self._journal.last_values(),
+            }
+        )

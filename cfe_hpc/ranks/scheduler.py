@@ -1,0 +1,211 @@
+"""What the scheduler knows of this attempt at the moment of a signal, and the one call that asks for another.
+
+The signal alone does not tell why it came: a preemption and a `scancel` both send TERM. Slurm's own record does
+(measured on 22.05): a preempted job has a PreemptTime, a cancelled one is COMPLETING without, a requeued one has
+one restart more than this attempt was started with, and near its time limit the clock is close to EndTime.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+
+from cfe_hpc.config.run import Plan
+from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import parse_duration_s
+
+__all__ = ["Cause", "JobRecord", "LocalScheduler", "NoScheduler", "Scheduler", "SlurmScheduler", "choose"]
+
+logger = logging.getLogger(__name__)
+
+Cause = Literal[
+    "preempted", "time_limit", "cancelled", "requeue_requested", "requeued_already", "node_failure", "unknown"
+]
+
+# scontrol waits for a busy slurmctld; a stop cannot wait for ever, and its grace is seconds on some sites.
+_SCONTROL_TIMEOUT_S = 15.0
+# Slurm may send the signal before the time limit up to 60 s early; saving takes its time too.
+_EARLY_SIGNAL_S = 60.0
+
+
+class Scheduler(Protocol):
+    """What rank 0 asks of the scheduler. Only rank 0 calls it."""
+
+    def why(self, signals: list[str]) -> tuple[Cause, str]:
+        """Why the stop signals came, and a sentence of evidence. Never raises."""
+
+    def stopping_already(self) -> bool:
+        """Whether a stop was asked for before this process could hear signals. Never raises."""
+
+    def requeue(self, *, next_attempt: int) -> str:
+        """Ask for another attempt: last and once; the processes of this one may be killed at any moment after.
+
+        Returns:
+            What was done, for the event.
+
+        Raises:
+            CfeError: the scheduler refused or could not be reached.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """The part of `scontrol show job` that tells reasons apart. Times are seconds since the epoch."""
+
+    state: str
+    preempt_time: float | None
+    end_time: float | None
+    restarts: int
+    time_limited: bool
+    past_limit: bool
+
+    @classmethod
+    def parse(cls, shown: str) -> JobRecord:
+        """Read the output of `scontrol show job -o ID`."""
+        words = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        limit_s, run_s = _seconds(words.get("TimeLimit")), _seconds(words.get("RunTime"))
+        return cls(
+            state=words.get("JobState", "UNKNOWN"),
+            preempt_time=_epoch(words.get("PreemptTime")),
+            end_time=_epoch(words.get("EndTime")),
+            restarts=int(words.get("Restarts", "0")),
+            time_limited=limit_s is not None,
+            past_limit=limit_s is not None and run_s is not None and run_s >= limit_s,
+        )
+
+
+def _seconds(clock: str | None) -> float | None:
+    try:
+        return parse_duration_s(clock or "")
+    except ValueError:  # "UNLIMITED", "Partition_Limit"
+        return None
+
+
+def _epoch(stamp: str | None) -> float | None:
+    try:
+        return datetime.fromisoformat(stamp or "").timestamp()
+    except ValueError:  # "None", "Unknown"
+        return None
+
+
+def asked_by_user(folder: RunFolder, attempt: int) -> tuple[Cause, str] | None:
+    """What `cancel RUN` or `requeue RUN` left in the run folder for this attempt, if anything. Cancel wins."""
+    cancel = folder.promised("cancel")
+    if cancel is not None:
+        return "cancelled", f"cancel asked for by {cancel.get('user', 'the user')}"
+    asked = folder.promised(f"requeue-{attempt}")
+    if asked is not None:
+        return "requeue_requested", f"requeue asked for by {asked.get('user', 'the user')}"
+    return None
+
+
+class SlurmScheduler:
+    """Slurm, through scontrol on the node."""
+
+    def __init__(self, folder: RunFolder, facts: RankFacts, plan: Plan) -> None:
+        self._folder, self._facts, self._plan = folder, facts, plan
+        self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+    def _record(self) -> JobRecord:
+        shown = run(["scontrol", "show", "job", "-o", self._facts.job_id], timeout_s=_SCONTROL_TIMEOUT_S).stdout
+        return JobRecord.parse(shown)
+
+    def why(self, signals: list[str]) -> tuple[Cause, str]:
+        asked = asked_by_user(self._folder, self._facts.attempt)
+        if asked:
+            return asked
+        try:
+            verdict = self._judge(self._record(), signals, time.time())
+            if verdict[0] == "requeue_requested" and "SIGTERM" in signals:
+                # A record read in the very moment of a scancel may still say RUNNING: look twice.
+                time.sleep(1.0)
+                verdict = self._judge(self._record(), signals, time.time())
+        except CommandError as error:
+            return "unknown", f"scontrol gave no answer: {error}"
+        return verdict
+
+    def _judge(self, record: JobRecord, signals: list[str], now: float) -> tuple[Cause, str]:
+        if record.restarts > self._restarts:
+            return "requeued_already", f"scontrol shows {record.restarts} restarts: requeued by someone else"
+        if record.state == "NODE_FAIL":
+            return "node_failure", "scontrol shows NODE_FAIL"
+        if record.preempt_time is not None:
+            return "preempted", f"scontrol shows PreemptTime, state {record.state}"
+        if record.state == "TIMEOUT" or record.past_limit:
+            return "time_limit", "the time limit has passed"
+        if record.state not in ("RUNNING", "SUSPENDED"):
+            return "cancelled", f"scontrol shows {record.state} and no PreemptTime"
+        lead_s = self._plan.signal_lead_s + _EARLY_SIGNAL_S
+        if record.time_limited and record.end_time is not None and record.end_time - now <= lead_s:
+            return "time_limit", f"{record.end_time - now:.0f} s to the time limit"
+        return "requeue_requested", f"{'+'.join(signals)} sent by hand: scontrol shows {record.state}, no PreemptTime"
+
+    def stopping_already(self) -> bool:
+        if asked_by_user(self._folder, self._facts.attempt):
+            return True
+        try:
+            return self._record().preempt_time is not None
+        except CommandError as error:
+            logger.warning("scontrol is of no use on this node (%s): reasons of signals cannot be told apart", error)
+            return False
+
+    def requeue(self, *, next_attempt: int) -> str:
+        if self._plan.preemption.mode == "cancel" and self._record().preempt_time is not None:
+            from cfe_hpc.ranks.successor import submit_successor
+
+            job_id = submit_successor(self._folder, job_id=self._facts.job_id, next_attempt=next_attempt)
+            return f"this partition cancels preempted jobs: successor {job_id} submitted on the same run folder"
+        run(["scontrol", "requeue", self._facts.job_id], timeout_s=_SCONTROL_TIMEOUT_S)
+        return f"scontrol requeue {self._facts.job_id}"
+
+
+class LocalScheduler:
+    """Our own supervisor on this machine: it reads the run folder when the ranks have ended."""
+
+    def __init__(self, folder: RunFolder, facts: RankFacts) -> None:
+        self._folder, self._facts = folder, facts
+
+    def why(self, signals: list[str]) -> tuple[Cause, str]:
+        asked = asked_by_user(self._folder, self._facts.attempt)
+        if asked:
+            return asked
+        stop = self._folder.promised(f"stop-{self._facts.attempt}") or {}
+        if stop.get("reason") == "time_limit":
+            return "time_limit", "the supervisor's clock"
+        # A TERM straight to a rank is how a site without a supervisor, or a user, takes the machine back.
+        return "preempted", f"{'+'.join(signals) or 'stop'} on this machine"
+
+    def stopping_already(self) -> bool:
+        asked = asked_by_user(self._folder, self._facts.attempt)
+        return asked is not None or self._folder.promised(f"stop-{self._facts.attempt}") is not None
+
+    def requeue(self, *, next_attempt: int) -> str:
+        return "the supervisor starts the next attempt"
+
+
+class NoScheduler:
+    """A script run by hand: nobody starts it again but its user."""
+
+    def why(self, signals: list[str]) -> tuple[Cause, str]:
+        return "cancelled", f"{'+'.join(signals)} without a scheduler"
+
+    def stopping_already(self) -> bool:
+        return False
+
+    def requeue(self, *, next_attempt: int) -> str:
+        raise AssertionError("a run without a scheduler is never requeued")
+
+
+def choose(folder: RunFolder, facts: RankFacts, plan: Plan) -> Scheduler:
+    """The scheduler that started this attempt."""
+    if facts.scheduler == "slurm":
+        return SlurmScheduler(folder, facts, plan)
+    if facts.scheduler == "local":
+        return LocalScheduler(folder, facts)
+    return NoScheduler()

@@ -1,0 +1,120 @@
+"""Sending a run folder's own script to sbatch: once at submission, and again for a successor.
+
+A partition with PreemptMode=CANCEL never requeues: the run goes on as a new job on the same folder, sent from the
+node by rank 0. The login side sends the first job through the same function. submitit's part is one pickle that
+holds the folder's path; each job finds it under its own id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from cfe_hpc.errors import SchedulerError
+from cfe_hpc.process import CommandError, run
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["PICKLES", "TASK_PICKLE", "clean_environment", "record_job", "send", "submit_successor"]
+
+PICKLES = "submitit"
+"""Sub-folder of the run folder with what submitit reads on the nodes."""
+
+TASK_PICKLE = "task.pkl"
+
+_SBATCH_TIMEOUT_S = 120.0
+
+# Of the job that sends, not of the one that is sent: Slurm's own and a rank's place. SBATCH_* would silently
+# override what the script states, and the script is what was planned, shown and frozen.
+_FOREIGN = re.compile(
+    r"^(SLURM_(?!CONF$|CLUSTERS$).*|SLURMD_.*|SBATCH_.*|SRUN_.*|SUBMITIT_.*|PMI_.*|PMIX_.*"
+    r"|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT)"
+    r"|CFE_(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|NUM_NODES|ATTEMPT|ATTEMPT_BASE|JOB_ID|RUN_DIR"
+    r"|CONTROL_PORT)"
+    r"|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|HABANA_VISIBLE_MODULES|HABANA_VISIBLE_DEVICES)$"
+)
+
+# sbatch's words, and what to do about them; the first that matches counts.
+_REMEDIES: tuple[tuple[str, str], ...] = (
+    (r"invalid partition", "name one that `sinfo` lists: [resources] partition, or `queue` in the site profile"),
+    (r"invalid account|account.*(not|invalid)", "set [resources] account to one of `sacctmgr show associations`"),
+    (r"invalid qos", "set [resources] qos to one that your account may use, or leave it out"),
+    (r"invalid (generic resource|gres)", "mend `gres` in the site profile: `sinfo -o %G` shows how it is spelt"),
+    (r"invalid feature", "set [resources] constraint to features that `sinfo -o %f` lists"),
+    (r"time limit", "ask for less time: [resources] time; `sinfo -o '%P %l'` shows the limits"),
+    (r"node configuration is not available|memory specification|cpu count", "ask for less of a node: [resources]"),
+    (r"node count|too many nodes", "ask for fewer nodes: [resources] nodes"),
+    (r"dependency", "the run to wait for is no longer known to Slurm: submit without --after"),
+    (r"violates|limit|max", "your account's limits are reached: wait for other jobs to end, or ask your site"),
+    (r"contact slurm|configuration source|connect|timed out|munge|authentication", "check that this machine "
+     "reaches the scheduler (`sinfo`), and SLURM_CONF"),
+)  # fmt: skip
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without the variables of a job, a step or a rank that may be sending, and without SBATCH_*."""
+    return {name: value for name, value in environ.items() if not _FOREIGN.match(name)}
+
+
+def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence[str] = ()) -> str:
+    """Give the run folder's submission.sh to sbatch and put submitit's pickle where the new job looks for it.
+
+    Args:
+        environment: the whole environment of sbatch, and so of the job.
+        options: further options of sbatch.
+
+    Returns:
+        The job id.
+
+    Raises:
+        SchedulerError: sbatch is missing, refused (in its own words, with what to do), or gave no answer.
+    """
+    # The folder goes as an argument, not into the script: #SBATCH lines know no way to spell a line break.
+    argv = ["sbatch", "--parsable", f"--chdir={folder.path}", *options, str(folder.submission_script)]
+    try:
+        printed = run(argv, timeout_s=_SBATCH_TIMEOUT_S, env=environment).stdout
+    except CommandError as error:
+        raise _refusal(error) from error
+    match = re.search(r"^(\d+)(;.*)?$", printed.strip().splitlines()[-1] if printed.strip() else "")
+    if match is None:
+        raise SchedulerError(f"sbatch: printed no job id ({printed.strip()!r}); look for the job with squeue --me")
+    job_id = match.group(1)
+    pickles = folder.path / PICKLES
+    os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
+    return job_id
+
+
+def _refusal(error: CommandError) -> SchedulerError:
+    if error.completed is None:
+        return SchedulerError(f"{error}; submit from a machine that has Slurm's commands, or use --site local")
+    words = [re.sub(r"^sbatch: (error: |fatal: )?", "", line) for line in error.completed.stderr.splitlines()]
+    said = "; ".join(dict.fromkeys(word for word in words if word)) or str(error)
+    found = (remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, re.IGNORECASE))
+    return SchedulerError(f"sbatch: refused the job ({said}); {next(found, 'see what `cfe-hpc check` says of it')}")
+
+
+def record_job(folder: RunFolder, **facts: object) -> None:
+    """Write a job of the run to control/job, or the next free control/job-<k> when there is one already."""
+    name, successors = "job", 0
+    while not folder.promise(name, **facts):
+        successors += 1
+        name = f"job-{successors}"
+
+
+def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> str:
+    """Send the run's script again, to start when job `job_id` has ended; one process of the run calls it, once.
+
+    Args:
+        next_attempt: number of the first attempt of the new job.
+
+    Returns:
+        The new job's id, recorded in control/job-<k>.
+
+    Raises:
+        SchedulerError: sbatch refused or cannot be reached from here.
+    """
+    environment = clean_environment(os.environ) | {"CFE_ATTEMPT_BASE": str(next_attempt)}
+    options = [f"--dependency=afterany:{job_id}"] if job_id else []
+    successor = send(folder, environment=environment, options=options)
+    record_job(folder, job_id=successor, scheduler="slurm", attempt_base=next_attempt, after=job_id)
+    return successor
