@@ -13,13 +13,13 @@ __all__ = ["DurationS", "SizeBytes", "Strict"]
 
 def _duration_s(value: Any) -> float:
     if not isinstance(value, (str, int, float)):
-        raise ValueError("not a duration")
+        raise ValueError('not a duration: write for example "4h" or "90m", in quotes')
     return parse_duration_s(value)
 
 
 def _size_bytes(value: Any) -> int:
     if not isinstance(value, (str, int)):
-        raise ValueError("not a size")
+        raise ValueError('not a size: write for example "64GiB", in quotes')
     return parse_size_bytes(value)
 
 

@@ -15,96 +15,138 @@ __all__ = ["Environment", "Hardware", "Network", "Partition", "Preemption", "Sit
 class Hardware(Strict):
     """`[hardware.NAME]`: one kind of node."""
 
-    accelerator: Accelerator = Field(description="what its devices are")
-    devices_per_node: int = Field(ge=1, description="devices of a node; for cpu, the ranks that fit on it")
-    cores_per_node: int = Field(ge=1, description="cores that jobs may use")
-    memory: SizeBytes = Field(description="memory of a node that jobs may use")
-    device_memory: SizeBytes | None = Field(None, description="memory of one device")
-    bf16_tflops: float | None = Field(None, gt=0, description="dense bf16 TFLOP/s of one device")
-    gres: str | None = Field(
-        None, description='how devices are asked for, e.g. "gpu:h200:{devices}"; left out when they need no asking'
+    accelerator: Accelerator = Field(description="what its devices are", examples=['"cuda"'])
+    devices_per_node: int = Field(
+        ge=1, description="devices of a node; for cpu, the ranks that fit on it", examples=["8"]
     )
-    cost_per_node_hour: float | None = Field(None, ge=0, description="price of a node for an hour")
+    cores_per_node: int = Field(ge=1, description="cores that jobs may use", examples=["64"])
+    memory: SizeBytes = Field(description="memory of a node that jobs may use", examples=['"512GiB"'])
+    device_memory: SizeBytes | None = Field(None, description="memory of one device", examples=['"141GB"'])
+    bf16_tflops: float | None = Field(None, gt=0, description="dense bf16 TFLOP/s of one device", examples=["989.0"])
+    gres: str | None = Field(
+        None,
+        description='how devices are asked for, e.g. "gpu:h200:{devices}"; left out when they need no asking',
+        examples=['"gpu:h200:{devices}"'],
+    )
+    cost_per_node_hour: float | None = Field(None, ge=0, description="price of a node for an hour", examples=["20.0"])
 
 
 class Preemption(Strict):
     """`[partitions.NAME.preemption]`: what this site does to a job it wants out of the way."""
 
-    mode: Literal["off", "requeue", "cancel"] = Field("off", description="Slurm's PreemptMode of the partition")
-    grace: DurationS = Field(0.0, description="GraceTime: from the signal to the kill")
+    mode: Literal["off", "requeue", "cancel"] = Field(
+        "off", description="Slurm's PreemptMode of the partition", examples=['"requeue"']
+    )
+    grace: DurationS = Field(0.0, description="GraceTime: from the signal to the kill", examples=['"30s"'])
     user_signal: bool = Field(
-        False, description="preempt_send_user_signal: the job's own --signal is sent instead of TERM"
+        False, description="preempt_send_user_signal: the job's own --signal is sent instead of TERM", examples=["true"]
     )
 
 
 class Partition(Strict):
     """`[partitions.NAME]`: a queue. NAME is Slurm's unless `queue` says otherwise."""
 
-    hardware: str = Field(description="a name of [hardware]")
-    queue: str | None = Field(None, description="the scheduler's name of it, when it is not the table's")
-    time_limit: DurationS | None = Field(None, description="longest time of one attempt; none when left out")
-    default_time: DurationS | None = Field(None, description="time asked for when the job names none")
-    nodes_max: int | None = Field(None, ge=1, description="most nodes of one job; the partition's size")
+    hardware: str = Field(description="a name of [hardware]", examples=['"h200"'])
+    queue: str | None = Field(
+        None, description="the scheduler's name of it, when it is not the table's", examples=['"gpu"']
+    )
+    time_limit: DurationS | None = Field(
+        None, description="longest time of one attempt; none when left out", examples=['"24h"']
+    )
+    default_time: DurationS | None = Field(
+        None, description="time asked for when the job names none", examples=['"4h"']
+    )
+    nodes_max: int | None = Field(
+        None, ge=1, description="most nodes of one job; the partition's size", examples=["16"]
+    )
     preemption: Preemption = Preemption()
-    account: str | None = Field(None, description="account used when the job names none")
-    qos: str | None = Field(None, description="quality of service used when the job names none")
-    options: list[str] = Field(default_factory=list, description='further #SBATCH options, e.g. "--exclusive"')
+    account: str | None = Field(None, description="account used when the job names none", examples=['"proj1"'])
+    qos: str | None = Field(None, description="quality of service used when the job names none", examples=['"normal"'])
+    options: list[str] = Field(
+        default_factory=list, description='further #SBATCH options, e.g. "--exclusive"', examples=['["--exclusive"]']
+    )
 
 
 class Network(Strict):
     """`[network]`: how ranks find and reach each other."""
 
-    interface: str | None = Field(None, description="interface for gloo, NCCL and HCCL, e.g. hsn0")
-    environment: dict[str, str] = Field(default_factory=dict, description="variables, e.g. NCCL_NET")
+    interface: str | None = Field(None, description="interface for gloo, NCCL and HCCL, e.g. hsn0", examples=['"hsn0"'])
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="variables, e.g. NCCL_NET", examples=['{ NCCL_NET = "IB" }']
+    )
 
 
 class Storage(Strict):
     """`[storage]`: where things go."""
 
     runs_root: str = Field(
-        "runs", description="folder of all runs, on a filesystem every node sees; ~ and $VARIABLES are expanded"
+        "runs",
+        description="folder of all runs, on a filesystem every node sees; ~ and $VARIABLES are expanded",
+        examples=['"runs"'],
     )
-    node_local: str | None = Field(None, description="fast folder of each node, e.g. /tmp")
+    node_local: str | None = Field(None, description="fast folder of each node, e.g. /tmp", examples=['"/tmp"'])
 
 
 class Environment(Strict):
     """`[environment]`: what a node needs before Python starts."""
 
-    modules: list[str] = Field(default_factory=list, description="environment modules to load")
-    setup: list[str] = Field(default_factory=list, description="shell lines run before srun, as they stand")
-    variables: dict[str, str] = Field(default_factory=dict, description="variables set for every rank")
-    python: str | None = Field(None, description="interpreter on the nodes; the submitting one when left out")
+    modules: list[str] = Field(
+        default_factory=list, description="environment modules to load", examples=['["cuda/12.4"]']
+    )
+    setup: list[str] = Field(
+        default_factory=list, description="shell lines run before srun, as they stand", examples=['["ulimit -c 0"]']
+    )
+    variables: dict[str, str] = Field(
+        default_factory=dict, description="variables set for every rank", examples=['{ PT_HPU_LAZY_MODE = "0" }']
+    )
+    python: str | None = Field(
+        None,
+        description="interpreter on the nodes; the submitting one when left out",
+        examples=['"/opt/venv/bin/python"'],
+    )
 
 
 class SiteMetrics(Strict):
     """`[metrics]`: defaults for the jobs' own `[metrics]`."""
 
-    pushgateway: str | None = Field(None, description="URL of the site's Prometheus Pushgateway")
-    otlp_endpoint: str | None = Field(None, description="URL of the site's OpenTelemetry collector")
+    pushgateway: str | None = Field(
+        None, description="URL of the site's Prometheus Pushgateway", examples=['"http://gateway:9091"']
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="URL of the site's OpenTelemetry collector", examples=['"http://collector:4318"']
+    )
 
 
 class Slurm(Strict):
     """`[slurm]`: settings of the whole cluster."""
 
-    signal: Literal["USR1", "USR2"] = Field("USR2", description="sent before the time limit; NCCL uses USR1 itself")
-    signal_lead: DurationS = Field(120.0, description="how long before the time limit it is sent, at the least")
-    kill_wait: DurationS = Field(30.0, description="KillWait: from TERM at the limit to KILL")
-    array_max: int | None = Field(None, ge=1, description="MaxArraySize; indices end one below")
-    poll_interval: DurationS = Field(10.0, description="shortest time between two squeue calls")
+    signal: Literal["USR1", "USR2"] = Field(
+        "USR2", description="sent before the time limit; NCCL uses USR1 itself", examples=['"USR2"']
+    )
+    signal_lead: DurationS = Field(
+        120.0, description="how long before the time limit it is sent, at the least", examples=['"2m"']
+    )
+    kill_wait: DurationS = Field(30.0, description="KillWait: from TERM at the limit to KILL", examples=['"30s"'])
+    array_max: int | None = Field(None, ge=1, description="MaxArraySize; indices end one below", examples=["1001"])
+    poll_interval: DurationS = Field(10.0, description="shortest time between two squeue calls", examples=['"10s"'])
 
 
 class Site(Strict):
     """One site profile."""
 
-    name: str = Field(min_length=1, description="as given to --site")
-    scheduler: Literal["slurm", "local"] = Field(description="what starts jobs there")
-    description: str = Field("", description="one line for `sites list`")
-    contact: str = Field("", description="who keeps this profile")
-    url: str = Field("", description="the site's own documentation")
-    tested_on: str = Field("", description="date and version this was last tried on; empty when never")
-    default_partition: str = Field(description="a name of [partitions]")
+    name: str = Field(min_length=1, description="as given to --site", examples=['"mycluster"'])
+    scheduler: Literal["slurm", "local"] = Field(description="what starts jobs there", examples=['"slurm"'])
+    description: str = Field("", description="one line for `sites list`", examples=['"our cluster"'])
+    contact: str = Field("", description="who keeps this profile", examples=['"hpc@example.org"'])
+    url: str = Field("", description="the site's own documentation", examples=['"https://example.org"'])
+    tested_on: str = Field(
+        "",
+        description="date and version this was last tried on; empty when never",
+        examples=['"2026-01-31, Slurm 24.05"'],
+    )
+    default_partition: str = Field(description="a name of [partitions]", examples=['"gpu"'])
     partitions: dict[str, Partition] = Field(min_length=1)
-    hardware: dict[str, Hardware] = Field(min_length=1)
+    hardware: dict[str, Hardware] = Field(min_length=1, examples=['"h200"'])
     slurm: Slurm = Slurm()
     network: Network = Network()
     storage: Storage = Storage()

@@ -1,0 +1,141 @@
+"""The plan: what a job takes of a site. Pure arithmetic; nothing is looked up, started or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from cfe_hpc.config.job import Job
+from cfe_hpc.config.run import Plan
+from cfe_hpc.config.site import Partition, Site
+from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
+from cfe_hpc.units import format_duration, format_size
+
+__all__ = ["LAUNCHERS", "plan"]
+
+LAUNCHERS = ("srun",)
+"""Launchers that this version can start ranks with."""
+
+Report = Callable[..., Problem]
+
+
+def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan:
+    """What `job` takes of `site`. The same inputs give the same plan.
+
+    Args:
+        origins: `Loaded.origins`, so that errors name the file to change; "job" and "site" are named without.
+
+    Raises:
+        ConfigError: the job names a partition that the site does not have.
+        ImpossibleError: it could never run there; holds every reason.
+    """
+    report = _reporter(origins or {})
+    name = _partition_name(job, site, report)
+    partition = site.partitions[name]
+    hardware = site.hardware[partition.hardware]
+    devices = job.resources.devices_per_node or (1 if hardware.accelerator == "cpu" else hardware.devices_per_node)
+    cpus = job.resources.cpus_per_device or max(1, hardware.cores_per_node // hardware.devices_per_node)
+    # Slurm takes whole minutes for granted and delivers the signal up to a minute early; it is never late.
+    lead_s = math.ceil(site.slurm.signal_lead)
+    time_s = next(
+        (t for t in (job.resources.time, partition.default_time, partition.time_limit) if t is not None), None
+    )
+    problems = [
+        *_node_problems(job, site, name, devices, cpus, report),
+        *_time_problems(name, partition, time_s, lead_s, report),
+        *_launch_problems(job, report),
+    ]
+    if problems:
+        raise ImpossibleError(problems)
+    return Plan(
+        partition=name,
+        queue=partition.queue or name,
+        nodes=job.resources.nodes,
+        devices_per_node=devices,
+        world_size=job.resources.nodes * devices,
+        cpus_per_device=cpus,
+        accelerator=hardware.accelerator,
+        memory_bytes=job.resources.memory,
+        time_s=time_s,
+        gres=None if hardware.gres is None else hardware.gres.replace("{devices}", str(devices)),
+        account=job.resources.account or partition.account,
+        qos=job.resources.qos or partition.qos,
+        constraint=job.resources.constraint,
+        signal=site.slurm.signal,
+        signal_lead_s=lead_s,
+        preemption=partition.preemption,
+        options=list(partition.options),
+    )
+
+
+def _reporter(origins: Mapping[str, str]) -> Report:
+    def report(key: str, what: str, remedy: str, value: Any = None) -> Problem:
+        owner, _, rest = key.partition(".")
+        origin = origins.get(key, "default")
+        return Problem(file=owner if origin == "default" else origin, key=rest, what=what, value=value, remedy=remedy)
+
+    return report
+
+
+def _partition_name(job: Job, site: Site, report: Report) -> str:
+    """The partition asked for, or the default one, or the first with the accelerator asked for."""
+    asked, accelerator = job.resources.partition, job.resources.accelerator
+    if asked is not None:
+        if asked in site.partitions:
+            return asked
+        near = get_close_matches(asked, site.partitions, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        remedy = f"{hint}{site.name} has: {', '.join(site.partitions)}"
+        raise ConfigError([report("job.resources.partition", f"no such partition at {site.name}", remedy, asked)])
+    candidates = [site.default_partition, *site.partitions]
+    fitting = (
+        name for name in candidates if accelerator in (None, site.hardware[site.partitions[name].hardware].accelerator)
+    )
+    return next(fitting, site.default_partition)
+
+
+def _node_problems(job: Job, site: Site, name: str, devices: int, cpus: int, report: Report) -> Iterator[Problem]:
+    wanted, partition = job.resources, site.partitions[name]
+    hardware = site.hardware[partition.hardware]
+    may_oversubscribe = site.scheduler == "local" and wanted.cpus_per_device is None
+    if wanted.accelerator not in (None, hardware.accelerator):
+        what = f"partition {name} has {hardware.accelerator} devices"
+        yield report("job.resources.accelerator", what, "choose another partition or site", wanted.accelerator)
+    if partition.nodes_max is not None and wanted.nodes > partition.nodes_max:
+        what, remedy = f"more than the {partition.nodes_max} nodes of partition {name}", "ask for fewer"
+        yield report("job.resources.nodes", what, remedy, wanted.nodes)
+    if devices > hardware.devices_per_node:
+        what = f"more than the {hardware.devices_per_node} devices of a node of {partition.hardware}"
+        yield report("job.resources.devices_per_node", what, "ask for fewer, on more nodes", devices)
+    elif cpus * devices > hardware.cores_per_node and not may_oversubscribe:
+        what = f"{devices} ranks with {cpus} cores each, more than the {hardware.cores_per_node} of a node"
+        yield report("job.resources.cpus_per_device", what, "ask for fewer", cpus)
+    if wanted.memory is not None and wanted.memory > hardware.memory:
+        what = f"more than the {format_size(hardware.memory)} of a node of {partition.hardware}"
+        yield report("job.resources.memory", what, "ask for less", format_size(wanted.memory))
+
+
+def _time_problems(
+    name: str, partition: Partition, time_s: float | None, lead_s: int, report: Report
+) -> Iterator[Problem]:
+    if time_s is None:
+        return
+    shown = format_duration(time_s)
+    if partition.time_limit is not None and time_s > partition.time_limit:
+        what = f"longer than the {format_duration(partition.time_limit)} of partition {name}"
+        yield report("job.resources.time", what, "ask for less: the run goes on in further attempts", shown)
+    if time_s <= lead_s:
+        what = f"over before the signal that comes {format_duration(lead_s)} ahead of its end (slurm.signal_lead)"
+        yield report("job.resources.time", what, f"ask for more than {format_duration(lead_s)}", shown)
+
+
+def _launch_problems(job: Job, report: Report) -> Iterator[Problem]:
+    launch = job.launch
+    if launch.launcher not in LAUNCHERS:
+        remedy = f"this version starts ranks with {', '.join(LAUNCHERS)} alone: leave launcher out"
+        yield report("job.launch.launcher", "not available yet", remedy, launch.launcher)
+    if launch.nodes_min is not None and launch.nodes_min < job.resources.nodes:
+        remedy = "this version always starts on resources.nodes: leave nodes_min out"
+        yield report("job.launch.nodes_min", "elastic runs are not available yet", remedy, launch.nodes_min)
