@@ -1,7 +1,7 @@
 """Layout of a token file, version 1, and the one way to open it.
 
     /                       attributes: format, format_version, dtype, vocab_size, separator (-1: none),
-                            validation_fraction, written_by
+                            validation_fraction; strings have a fixed length
     /train, /validation     attributes: tokens, documents, tokens_sha256
     /<split>/tokens         uint8 or little-endian uint16, chunks of 1 MiB, Fletcher-32, not compressed
     /<split>/documents      uint64: where each document starts, and at last the number of tokens; Fletcher-32
@@ -108,7 +108,7 @@ def _require_version(path: Path, file: Any) -> None:
         kind, version = file.attrs.get("format"), file.attrs.get("format_version")
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: header is damaged ({_reason(error)}); {_REBUILD}") from error
-    if kind != FORMAT:
+    if kind != FORMAT.encode():
         raise DataError(f"{path}: an HDF5 file, but not a token file of cfe_hpc; {_REBUILD}")
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: token format version {version}, this cfe_hpc reads {FORMAT_VERSION}; {_REBUILD}")
@@ -121,7 +121,7 @@ def read_facts(path: Path, file: Any) -> TokenFileFacts:
         DataError: a part is missing, damaged, or laid out otherwise.
     """
     try:
-        dtype = str(file.attrs["dtype"])
+        dtype = _text(file.attrs["dtype"])
         separator = int(file.attrs["separator"])
         splits = {}
         for split in SPLITS:
@@ -129,7 +129,7 @@ def read_facts(path: Path, file: Any) -> TokenFileFacts:
             facts = SplitFacts(
                 tokens=int(attrs["tokens"]),
                 documents=int(attrs["documents"]),
-                tokens_sha256=str(attrs["tokens_sha256"]),
+                tokens_sha256=_text(attrs["tokens_sha256"]),
             )
             plain = tokens.fletcher32 and tokens.chunks and not (tokens.compression or tokens.shuffle)
             if tokens.shape != (facts.tokens,) or tokens.dtype.str != DTYPES[dtype] or not plain:
@@ -142,8 +142,12 @@ def read_facts(path: Path, file: Any) -> TokenFileFacts:
             validation_fraction=float(file.attrs["validation_fraction"]),
             splits=splits,
         )
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: header is damaged ({_reason(error)}); {_REBUILD}") from error
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii")
 
 
 def _reason(error: BaseException) -> str:
