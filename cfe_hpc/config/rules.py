@@ -12,7 +12,7 @@ from cfe_hpc.config.job import Job
 from cfe_hpc.config.layers import dotted
 from cfe_hpc.config.problems import toml_value
 from cfe_hpc.config.site import Site
-from cfe_hpc.config.template import has_parameter, references
+from cfe_hpc.config.template import missing_parameters
 from cfe_hpc.errors import Problem
 
 __all__ = ["OWNED_DEEPSPEED_KEYS", "OWNED_OPTIONS", "OWNED_VARIABLES", "job_problems", "site_problems", "text_problems"]
@@ -108,9 +108,7 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
 
 def _command_problems(job: Job, report: Report) -> Iterator[Problem]:
     for index, word in enumerate(job.command or ()):
-        for name in references(word):
-            if has_parameter(job.params, name):
-                continue
+        for name in missing_parameters(word, job.params):
             near = get_close_matches(name, job.params, n=1)
             hint = f"did you mean {{params.{near[0]}}}?" if near else f"add {name} to [params]"
             yield report(("command", index), f"asks for a parameter that is not in [params]: {name}", hint, word)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from cfe_hpc.config.base import DurationS, SizeBytes, Strict
 from cfe_hpc.config.job import Accelerator
+from cfe_hpc.errors import ConfigError, Problem
 
-__all__ = ["Environment", "Hardware", "Network", "Partition", "Preemption", "Site", "SiteMetrics", "Storage"]
+__all__ = [
+    "Environment",
+    "Hardware",
+    "Network",
+    "Partition",
+    "Preemption",
+    "Site",
+    "SiteMetrics",
+    "Slurm",
+    "Storage",
+    "expand_runs_root",
+]
 
 
 class Hardware(Strict):
@@ -152,3 +167,22 @@ class Site(Strict):
     storage: Storage = Storage()
     environment: Environment = Environment()
     metrics: SiteMetrics = SiteMetrics()
+
+
+def expand_runs_root(site: Site, environ: Mapping[str, str]) -> Path:
+    """The site's runs root as an absolute path; a relative one lies under the current folder.
+
+    Raises:
+        ConfigError: it names a variable that is not set.
+    """
+    text = site.storage.runs_root
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in environ:
+            what, remedy = f"variable {name} is not set", "set it, or name the folder outright"
+            problem = Problem(file=f"site {site.name}", key="storage.runs_root", what=what, value=text, remedy=remedy)
+            raise ConfigError([problem])
+        return environ[name]
+
+    return Path(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text)).expanduser().absolute()

@@ -1,0 +1,98 @@
+"""Arguments that several verbs share, and what they mean. Heavy imports wait until an argument is used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cfe_hpc.config.load import Loaded
+    from cfe_hpc.runfolder import RunFolder
+
+__all__ = [
+    "add_job_arguments",
+    "add_json_argument",
+    "add_run_argument",
+    "add_site_argument",
+    "find_run",
+    "load_job",
+    "print_json",
+    "roots",
+]
+
+
+def add_site_argument(parser: argparse.ArgumentParser) -> None:
+    """`--site`: `args.site`, None when not given."""
+    parser.add_argument(
+        "--site",
+        metavar="S",
+        help="site profile: a name (see `cfe-hpc sites list`) or a path; $CFE_SITE or local when left out",
+    )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """`--json`: `args.json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """`JOB`, `--site`, `--set`: `args.job`, `args.site`, `args.set`. Read with `load_job`."""
+    parser.add_argument("job", metavar="JOB", help="job file: a path, or the name of one in jobs/ or shipped")
+    add_site_argument(parser)
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a value, e.g. resources.nodes=4, params.lr=1e-3 or site.storage.runs_root=/scratch/runs; "
+        "may be given again",
+    )
+
+
+def add_run_argument(parser: argparse.ArgumentParser, *, optional: bool = False, several: bool = False) -> None:
+    """`RUN`: `args.run`, a text (a list of them with `several`), and `--site`. Read with `find_run`."""
+    nargs = "*" if several and optional else "+" if several else "?" if optional else None
+    parser.add_argument(
+        "run", metavar="RUN", nargs=nargs, help="a run id, a unique prefix of one, a run folder, or a job id"
+    )
+    add_site_argument(parser)
+
+
+def load_job(args: argparse.Namespace) -> Loaded:
+    """The job of `add_job_arguments`.
+
+    Raises:
+        ConfigError: holds every problem of job, site, environment and --set.
+    """
+    from cfe_hpc.config.load import load
+
+    return load(args.job, args.site, args.set, os.environ)
+
+
+def roots(args: argparse.Namespace) -> list[Path]:
+    """The runs roots to look in: of `--site` when given, else of every profile known."""
+    from cfe_hpc.reports.find import runs_roots
+
+    return runs_roots(args.site, os.environ)
+
+
+def find_run(args: argparse.Namespace, ref: str | None = None) -> RunFolder:
+    """The run of `add_run_argument`, or the one that `ref` means.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    from cfe_hpc.reports import find
+
+    return find.find_run(args.run if ref is None else ref, roots(args))
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")

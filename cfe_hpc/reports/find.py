@@ -1,0 +1,94 @@
+"""Finds run folders: all under the runs roots, or the one that a user's word means."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from cfe_hpc.config import shipped
+from cfe_hpc.config.load import load_site
+from cfe_hpc.config.site import expand_runs_root
+from cfe_hpc.errors import ConfigError, UsageError
+from cfe_hpc.runfolder import RUN_ID, RunFolder
+
+__all__ = ["find_run", "runs_roots", "runs_under"]
+
+_JOB_ID = re.compile(r"^(\d+|local-\d+)([_.+]\S*)?$")
+
+
+def runs_roots(site_ref: str | None = None, environ: Mapping[str, str] | None = None) -> list[Path]:
+    """Folders that hold runs: the site's when one is named; else those of the default site and of every profile
+    that a bare name reaches, as far as they exist.
+
+    Raises:
+        ConfigError: the named, or default, site's profile is wrong. Other profiles with mistakes are passed over.
+    """
+    environ = os.environ if environ is None else environ
+    roots = [expand_runs_root(load_site(site_ref, environ)[0], environ)]
+    if site_ref is None:
+        for path in shipped.available("site_configs").values():
+            try:
+                roots.append(expand_runs_root(load_site(str(path))[0], environ))
+            except ConfigError:
+                continue
+    return [root for root in dict.fromkeys(roots) if root.is_dir()]
+
+
+def runs_under(roots: Sequence[Path]) -> Iterator[RunFolder]:
+    """Every run folder under the roots, oldest first within each job."""
+    for root in roots:
+        for path in sorted(root.glob("*/*/")):
+            if RUN_ID.match(path.name):
+                yield RunFolder(path)
+
+
+def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:
+    """The one run that `ref` means: a run folder, a run id, a unique prefix of one, or a job id of the scheduler.
+
+    A path wins over everything, a whole run id over prefixes, a job id over prefixes. Array tasks and steps of a
+    job (`123_4`, `123.0`) are found by the array's record first, then by the job's.
+
+    Raises:
+        UsageError: there is none, or several; lists them.
+    """
+    path = Path(ref).expanduser()
+    if (path / "run.toml").is_file():
+        return RunFolder(path.resolve())
+    if not ref.strip():
+        raise UsageError("RUN: is empty; give a run id, a prefix of one, a run folder or a job id")
+    if os.sep in ref:
+        raise UsageError(f"{ref}: no such run folder; see `cfe-hpc status` for the runs there are")
+    runs = list(runs_under(roots))
+    for matches in (
+        [run for run in runs if run.run_id == ref],
+        _with_job(runs, ref) if _JOB_ID.match(ref) else [],
+        [run for run in runs if run.run_id.startswith(ref)],
+    ):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            shown = ", ".join(run.run_id for run in matches[:5]) + (", …" if len(matches) > 5 else "")
+            raise UsageError(f"{ref}: means {len(matches)} runs ({shown}); give more of the run id")
+    near = get_close_matches(ref, [run.run_id for run in runs], n=1)
+    where = ", ".join(map(str, roots)) or "any runs root that exists"
+    hint = f"did you mean {near[0]}?" if near else "see `cfe-hpc status`, or name its folder or --site"
+    raise UsageError(f"{ref}: no such run under {where}; {hint}")
+
+
+def _with_job(runs: Sequence[RunFolder], job_id: str) -> list[RunFolder]:
+    base = re.split(r"[_.+]", job_id)[0]
+    ids = [(run, _job_ids(run)) for run in runs]
+    return [run for run, known in ids if job_id in known] or [run for run, known in ids if base in known]
+
+
+def _job_ids(run: RunFolder) -> set[str]:
+    """Ids of all the scheduler's jobs that the run has had."""
+    ids, count, record = set(), 0, run.promised("job")
+    while record is not None:
+        ids.add(str(record.get("job_id")))
+        count += 1
+        record = run.promised(f"job-{count}")
+    return ids
