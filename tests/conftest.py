@@ -1,0 +1,133 @@
+"""Fixtures for all tests: a quiet environment, the real Slurm, a real Pushgateway."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from slurm.cluster import Cluster, why_impossible
+
+_SLURM_RESULTS = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of the caller's shell decides a test, and nothing stays behind in the machine's temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("CFE_", "SLURM", "SBATCH_", "MINISLURM_"))]:
+            patch.delenv(name)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(_quiet_environment: None) -> Iterator[Cluster]:
+    """The real Slurm of this session (mark the test `slurm`); what a test leaves in it is cleared after that test."""
+    running = Cluster.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(autouse=True)
+def _tidy_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "cluster" not in request.fixturenames:
+        yield
+        return
+    running: Cluster = request.getfixturevalue("cluster")
+    before = running.job_ids()
+    yield
+    running.tidy(keep=before)
+
+
+@dataclass(frozen=True)
+class Pushgateway:
+    """A Pushgateway of our own. `process` is there to be stopped or killed."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def metrics(self) -> str:
+        """Everything it would show to Prometheus."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+
+
+@pytest.fixture
+def pushgateway() -> Iterator[Pushgateway]:
+    """A real prometheus-pushgateway on a free port of the loopback interface, empty."""
+    program = shutil.which("prometheus-pushgateway")
+    if program is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("prometheus-pushgateway is not installed")
+        pytest.skip("prometheus-pushgateway is not installed (scripts/test installs it)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    process = subprocess.Popen(
+        [program, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        gateway = Pushgateway(f"http://{address}", process)
+        _wait_until_ready(gateway)
+        yield gateway
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(gateway: Pushgateway) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            gateway.metrics()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            if gateway.process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+# The real-Slurm tests: skipped where they cannot run, but never in CI; counted; explained when they fail.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SLURM_RESULTS] = {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slurm") is not None and (reason := why_impossible()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
+    if item.get_closest_marker("slurm") is None:
+        return
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and in CI the real-Slurm tests must run: {report.longrepr[2]}"
+    if report.when == "call" or not report.passed:
+        item.config.stash[_SLURM_RESULTS][item.nodeid] = "skipped" if report.skipped else "ran"
+    running = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and running is not None:
+        report.sections.append(("the cluster when the test failed", running.diagnosis()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = list(config.stash[_SLURM_RESULTS].values())
+    terminalreporter.write_line(f"real-Slurm tests: {results.count('ran')} ran, {results.count('skipped')} skipped")

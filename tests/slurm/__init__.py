@@ -1,0 +1,1 @@
+"""What tests drive the real Slurm with; the cluster itself comes from scripts/slurm."""
