@@ -1,0 +1,222 @@
+"""Reading a checkpoint: any interval of any tensor, assembled from whichever shards hold it. No torch, no numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cfe_hpc.checkpoints.folders import step_name
+from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
+from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, data_name, index_name
+from cfe_hpc.checkpoints.shard import ShardReader, data_facts, num_chunks
+from cfe_hpc.errors import CheckpointMismatch, CorruptCheckpoint
+
+__all__ = ["Opened", "OwnReader", "SharedReader", "read_manifest"]
+
+
+def read_manifest(folder: Path, run_id: str | None = None) -> Manifest:
+    """The manifest of a committed folder, checked against its own checksum, the folder's name and the run.
+
+    Raises:
+        CorruptCheckpoint: it is missing, empty, altered, or another run's or step's.
+    """
+    return parse_manifest(read_manifest_bytes(folder), folder.name, run_id)
+
+
+def read_manifest_bytes(folder: Path) -> bytes:
+    """The manifest file, unchecked. Raises CorruptCheckpoint when it is missing or unreadable."""
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(f"{MANIFEST} is missing: the save was not committed") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{MANIFEST} cannot be read: {error.strerror}") from error
+
+
+def parse_manifest(content: bytes, folder_name: str, run_id: str | None) -> Manifest:
+    """`read_manifest` of bytes that are there already."""
+    manifest = Manifest.unseal(content)
+    identity = manifest.identity
+    if step_name(identity.step) != folder_name:
+        raise CorruptCheckpoint(f"{MANIFEST} belongs to step {identity.step}, not to the folder {folder_name}")
+    if run_id is not None and identity.run_id != run_id:
+        raise CorruptCheckpoint(f"{MANIFEST} belongs to run {identity.run_id}, not {run_id}")
+    wanted = {name(rank) for rank in range(identity.world_size) for name in (data_name, index_name)}
+    if wanted != manifest.files.keys():
+        raise CorruptCheckpoint(f"{MANIFEST} does not list the files of {identity.world_size} ranks")
+    return manifest
+
+
+class Opened:
+    """A checkpoint whose manifest and indexes are read and fit together.
+
+    The tensors' bytes are checked as they are read; `verify` checks them all.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it consists of.
+        reader: tensors that belong to the checkpoint as a whole.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Read every shard's index.
+
+        Raises:
+            CorruptCheckpoint: an index is missing, altered or foreign, or the shards leave a gap in a tensor.
+        """
+        self.folder = folder
+        self.manifest = manifest
+        self._shards = [
+            ShardReader(folder, rank, manifest.identity, manifest.files[index_name(rank)])
+            for rank in range(manifest.identity.world_size)
+        ]
+        self.reader = SharedReader(self._shards)
+
+    @classmethod
+    def at(cls, folder: Path, run_id: str | None = None) -> Opened:
+        """Open a committed folder. Raises CorruptCheckpoint."""
+        return cls(folder, read_manifest(folder, run_id))
+
+    @property
+    def step(self) -> int:
+        """The step after which it was saved."""
+        return self.manifest.identity.step
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that saved it."""
+        return self.manifest.identity.world_size
+
+    def saved_by(self, rank: int) -> int:
+        """Whose state `rank` takes: its own where it was there at the save, else rank 0's."""
+        return rank if rank < self.world_size else 0
+
+    def state(self, rank: int) -> Any:
+        """The tree that `saved_by(rank)` saved, as JSON."""
+        return self._shards[self.saved_by(rank)].index.state
+
+    def own(self, rank: int) -> OwnReader:
+        """The tensors that `saved_by(rank)` saved for itself."""
+        return OwnReader(self._shards[self.saved_by(rank)])
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read one of `parts` equal parts of all data and compare it with the checksums.
+
+        Raises:
+            CorruptCheckpoint: the first difference found.
+        """
+        counts = [num_chunks(shard.index.data_bytes) for shard in self._shards]
+        total, base = sum(counts), 0
+        low, high = total * part // parts, total * (part + 1) // parts
+        for shard, count in zip(self._shards, counts, strict=True):
+            mine = range(max(low - base, 0), min(high - base, count))
+            if mine:
+                facts = self.manifest.files[shard.path.name]
+                if facts != data_facts(facts.size_bytes, shard.index.chunks):
+                    raise CorruptCheckpoint(f"{shard.path.name} has other checksums in its index than in the manifest")
+                shard.check_header(facts)
+            for index in mine:
+                shard.check_chunk(index)
+            base += count
+
+
+class SharedReader:
+    """The tensors of the whole checkpoint; a ReadInto."""
+
+    def __init__(self, shards: Sequence[ShardReader]) -> None:
+        """Raises CorruptCheckpoint when shards disagree about a tensor, or leave a gap in one."""
+        self._extents: dict[str, list[tuple[Extent, ShardReader]]] = {}
+        for shard in shards:
+            for extent in shard.index.shared:
+                self._extents.setdefault(extent.name, []).append((extent, shard))
+        for name, held in self._extents.items():
+            held.sort(key=lambda pair: (pair[0].start, -pair[0].count))
+            _check_cover(name, [extent for extent, _ in held])
+
+    def names(self) -> Sequence[str]:
+        """Tensor names, sorted."""
+        return sorted(self._extents)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape). Raises CheckpointMismatch when there is no such tensor."""
+        extent = self._held(name)[0][0]
+        return extent.dtype, extent.shape
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with elements from `start` on.
+
+        Raises:
+            CheckpointMismatch: no such tensor, or the interval goes beyond it.
+            CorruptCheckpoint: bytes are not those that were written.
+        """
+        held = self._held(name)
+        item_bytes, total = DTYPE_BYTES[held[0][0].dtype], math.prod(held[0][0].shape)
+        view = out.cast("B") if out.nbytes else out
+        count, rest = divmod(out.nbytes, item_bytes)
+        if rest or start < 0 or start + count > total:
+            raise CheckpointMismatch(f"tensor {name} has {total} elements; {start} to {start + count} were asked for")
+        at = start
+        for extent, shard in held:
+            if at >= start + count:
+                break
+            if extent.end <= at:
+                continue
+            take = min(extent.end, start + count) - at
+            low = (at - start) * item_bytes
+            shard.read(extent.offset + (at - extent.start) * item_bytes, view[low : low + take * item_bytes])
+            at += take
+
+    def _held(self, name: str) -> list[tuple[Extent, ShardReader]]:
+        try:
+            return self._extents[name]
+        except KeyError:
+            raise CheckpointMismatch(f"the checkpoint has no tensor {name}") from None
+
+
+def _check_cover(name: str, extents: Sequence[Extent]) -> None:
+    first, at = extents[0], 0
+    for extent in extents:
+        if (extent.dtype, extent.shape) != (first.dtype, first.shape):
+            raise CorruptCheckpoint(
+                f"shards disagree about tensor {name}: {first.dtype} {list(first.shape)} and "
+                f"{extent.dtype} {list(extent.shape)}"
+            )
+        if extent.start > at:
+            break
+        at = max(at, extent.end)
+    if at < math.prod(first.shape):
+        raise CorruptCheckpoint(f"tensor {name}: no shard holds element {at}")
+
+
+class OwnReader:
+    """Tensors that one rank saved for itself, each whole; a ReadInto."""
+
+    def __init__(self, shard: ShardReader) -> None:
+        self._shard = shard
+        self._extents = {extent.name: extent for extent in shard.index.own}
+
+    def names(self) -> Sequence[str]:
+        """Tensor names, sorted."""
+        return sorted(self._extents)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape). Raises CheckpointMismatch when there is no such tensor."""
+        extent = self._find(name)
+        return extent.dtype, extent.shape
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with elements from `start` on. Raises CheckpointMismatch, CorruptCheckpoint."""
+        extent = self._find(name)
+        item_bytes = DTYPE_BYTES[extent.dtype]
+        if start < 0 or start * item_bytes + out.nbytes > extent.size_bytes:
+            raise CheckpointMismatch(f"tensor {name} has {extent.count} elements; more were asked for")
+        if out.nbytes:
+            self._shard.read(extent.offset + start * item_bytes, out.cast("B"))
+
+    def _find(self, name: str) -> Extent:
+        try:
+            return self._extents[name]
+        except KeyError:
+            raise CheckpointMismatch(f"rank {self._shard.rank} saved no tensor {name} of its own") from None
