@@ -104,9 +104,10 @@ class _Encoder:
     def _factory(self, factory: Any, path: str) -> str | None:
         if factory is None:
             return None
-        if _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
+        name: str = getattr(factory, "__name__", "")
+        if _FACTORIES.get(name) is not factory:
             raise CheckpointError(f"{path}: a defaultdict of {factory!r} cannot be stored")
-        return str(factory.__name__)
+        return name
 
     def _foreign(self, value: Any, path: str) -> Any:
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")

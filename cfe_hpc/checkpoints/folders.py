@@ -9,7 +9,6 @@ Nothing here reads or writes what the folders hold, but for the manifest's name.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import logging
@@ -48,12 +47,15 @@ def committed(root: Path) -> list[tuple[int, Path]]:
 
     A missing root is empty.
     """
+    found = [(int(match.group(1)), root / name) for name in _names(root) if (match := _STEP.match(name))]
+    return sorted(found, reverse=True)
+
+
+def _names(root: Path) -> list[str]:
     try:
-        names = os.listdir(root)
+        return sorted(os.listdir(root))
     except FileNotFoundError:
         return []
-    found = [(int(match.group(1)), root / name) for name in names if (match := _STEP.match(name))]
-    return sorted(found, reverse=True)
 
 
 def put_in_place(draft: Path, target: Path) -> None:
@@ -122,20 +124,18 @@ def _remove(folder: Path) -> None:
 
 def sweep_trash(root: Path) -> None:
     """Finish deletions that were cut short. Failures are logged."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(root):
-            if name.startswith(_TRASH):
-                _remove(root / name)
+    for name in _names(root):
+        if name.startswith(_TRASH):
+            _remove(root / name)
 
 
 def sweep_drafts(root: Path, attempt: int) -> None:
     """Settle the drafts of attempts before `attempt`: complete ones whose step has no folder are put in place,
     the others deleted. Failures are logged."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(root)):
-            match = _DRAFT.match(name)
-            if match and int(match.group(2)) < attempt:
-                _settle(root / name, root / match.group(1))
+    for name in _names(root):
+        match = _DRAFT.match(name)
+        if match and int(match.group(2)) < attempt:
+            _settle(root / name, root / match.group(1))
 
 
 def _settle(draft: Path, target: Path) -> None:

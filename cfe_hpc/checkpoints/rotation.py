@@ -1,0 +1,85 @@
+"""Which checkpoints stay: a union of reasons to keep; the rest is deleted. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints.manifest import Manifest
+from cfe_hpc.checkpoints.reader import read_manifest
+from cfe_hpc.config.job import Checkpoint
+from cfe_hpc.errors import CorruptCheckpoint
+
+__all__ = ["Kept", "inventory", "rotate", "superfluous"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A checkpoint that is whole at first sight: its manifest reads, and its files are there in their sizes."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """The step after which it was saved."""
+        return self.manifest.identity.step
+
+
+def inventory(root: Path) -> list[Kept]:
+    """The checkpoints in `root` that are whole at first sight, the last committed one first.
+
+    A later attempt commits later: what an attempt saved after it went back comes before the steps it left behind.
+    """
+    found = []
+    for _, path in folders.committed(root):
+        try:
+            manifest = read_manifest(path)
+            if all((path / name).stat().st_size == facts.size_bytes for name, facts in manifest.files.items()):
+                found.append(Kept(path=path, manifest=manifest))
+        except (CorruptCheckpoint, OSError):
+            continue
+    return sorted(found, key=lambda each: (each.manifest.identity.attempt, each.step), reverse=True)
+
+
+def superfluous(checkpoints: Sequence[Kept], policy: Checkpoint, protect: Collection[int]) -> list[Kept]:
+    """Those that no reason keeps: not among the last `keep_last`, not on a step of `keep_every_steps`, not the best
+    by `keep_best`, not protected.
+
+    Args:
+        checkpoints: the last committed one first.
+        protect: steps that stay whatever the policy says.
+    """
+    kept = {each.step for each in checkpoints[: policy.keep_last]} | set(protect)
+    if policy.keep_every_steps is not None:
+        kept |= {each.step for each in checkpoints if each.step % policy.keep_every_steps == 0}
+    if policy.keep_best is not None:
+        kept |= _best(checkpoints, policy.keep_best)
+    return [each for each in checkpoints if each.step not in kept]
+
+
+def _best(checkpoints: Sequence[Kept], rule: str) -> set[int]:
+    metric, _, end = rule.rpartition(":")
+    sign = -1 if end == "min" else 1
+    values = [(each.manifest.metrics.get(metric, math.nan), each) for each in checkpoints]
+    ranked = [(sign * value, -place, each.step) for place, (value, each) in enumerate(values) if not math.isnan(value)]
+    return {max(ranked)[2]} if ranked else set()
+
+
+def rotate(root: Path, policy: Checkpoint, *, protect: Collection[int]) -> list[int]:
+    """Delete what the policy does not keep, and finish deletions that were cut short. Rank 0 alone calls it.
+
+    What is not whole is left where it is and counts for nothing. Failures to delete are logged, never raised.
+
+    Args:
+        protect: steps that stay in any case: the one resumed from, the newest one known to verify.
+
+    Returns:
+        The deleted steps, ascending.
+    """
+    folders.sweep_trash(root)
+    doomed = superfluous(inventory(root), policy, protect)
+    return sorted(each.step for each in doomed if folders.discard(each.path))
