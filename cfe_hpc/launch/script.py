@@ -1,0 +1,82 @@
+"""What every job script has in common: environment, modules and set-up lines, each value quoted for the shell."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import sysconfig
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import cfe_hpc
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["environment_of", "prologue"]
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def environment_of(spec: RunSpec) -> dict[str, str]:
+    """Variables that site and job set for every rank; the job's win.
+
+    Raises:
+        ConfigError: a name is no variable's, or a value holds what no environment can.
+    """
+    site, problems = spec.site, []
+    sources: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+        (spec.provenance.site_file, "network.environment", site.network.environment),
+        (spec.provenance.site_file, "environment.variables", site.environment.variables),
+        (spec.provenance.job_file, "launch.environment", spec.job.launch.environment),
+    )
+    merged: dict[str, str] = {}
+    for file, table, variables in sources:
+        for name, value in variables.items():
+            key = f"{table}.{name}"
+            if not _VARIABLE.fullmatch(name):
+                remedy = "use letters, digits and underscores, no digit first"
+                problems.append(Problem(file=file, key=table, what="not a variable's name", value=name, remedy=remedy))
+            elif "\0" in value:
+                problems.append(
+                    Problem(file=file, key=key, what="holds a NUL byte", remedy="environments cannot; remove it")
+                )
+            merged[name] = value
+    if problems:
+        raise ConfigError(problems)
+    return merged
+
+
+def prologue(spec: RunSpec, folder: RunFolder) -> list[str]:
+    """Shell lines that prepare a node: variables, modules, the site's own lines as they stand."""
+    lines = [f"export CFE_RUN_DIR={shlex.quote(str(folder.path))}"]
+    parent = _package_parent(spec.provenance.python)
+    if parent is not None:
+        lines.append(f'export PYTHONPATH={shlex.quote(str(parent))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment_of(spec).items()]
+    lines += [f"module load {shlex.quote(module)} || exit 1" for module in spec.site.environment.modules]
+    return lines + list(spec.site.environment.setup)
+
+
+@cache
+def _package_parent(python: str) -> Path | None:
+    """The folder that must be on PYTHONPATH for `python` to import this package; None when it finds it itself."""
+    parent = Path(cfe_hpc.__file__).resolve().parent.parent
+    site_folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    if parent in site_folders or "site-packages" in parent.parts:
+        return None  # another interpreter's packages must never be mixed into the one on the nodes
+    editable = python == sys.executable and any(_editable_from(folder) == parent for folder in site_folders)
+    return None if editable else parent
+
+
+def _editable_from(site_folder: Path) -> Path | None:
+    """The checkout that an editable install in `site_folder` points to."""
+    for record in site_folder.glob("cfe_hpc-*.dist-info/direct_url.json"):
+        origin = json.loads(record.read_text(encoding="utf-8"))
+        if origin.get("dir_info", {}).get("editable"):
+            return Path(unquote(urlparse(origin["url"]).path)).resolve()
+    return None

@@ -1,0 +1,219 @@
+"""Slurm, through submitit. The only module that knows submitit: nothing else here imports it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from submitit.core.core import Job
+from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import ConfigError, Problem, SchedulerError, UsageError
+from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.jobs import latest_job
+from cfe_hpc.launch.queue import queue
+from cfe_hpc.launch.script import prologue
+from cfe_hpc.launch.states import JobState
+from cfe_hpc.launch.task import RankTask
+from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.successor import PICKLES, TASK_PICKLE, clean_environment, record_job, send, submit_successor
+from cfe_hpc.runfolder import RunFolder, safe_name
+from cfe_hpc.units import slurm_time
+
+__all__ = ["SlurmBackend"]
+
+_TIMEOUT_S = 60.0
+_OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>[^\n\r\0]+))?")
+
+# Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
+# FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they start.
+_SHIELD = 'trap "" TERM USR1 USR2; exec "$@"'
+
+# The job's working directory is the run folder: naming it so keeps submitit from expanding a %j in the real path.
+_PICKLES_ON_NODE = f"/proc/self/cwd/{PICKLES}"
+
+
+class _Executor(SlurmExecutor):
+    """submitit's, with our script around the task and our own sending (no clutter, sbatch's words in errors)."""
+
+    def __init__(self, spec: RunSpec, folder: RunFolder, *, options: Sequence[str] = ()) -> None:
+        super().__init__(folder.path / PICKLES, python=shlex.quote(spec.provenance.python))
+        self._spec, self._run_folder, self._options = spec, folder, options
+        self.update_parameters(**_parameters(spec, folder))
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # a script can be shown where there is no srun
+
+    @property
+    def _submitit_command_str(self) -> str:
+        plan = self._spec.plan
+        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--export=ALL"]
+        # From 22.05 on srun no longer takes cpus-per-task from the job.
+        srun += [f"--ntasks={plan.world_size}", f"--ntasks-per-node={plan.devices_per_node}"]
+        srun += [f"--cpus-per-task={plan.cpus_per_device}"]
+        task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
+        return shlex.join([*srun, "sh", "-c", _SHIELD, "sh", *task])
+
+    def script(self) -> str:
+        """The text that sbatch gets."""
+        text: str = self._make_submission_file_text(self._submitit_command_str, uid="")
+        return text
+
+    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Job[Any]]:
+        [delayed] = delayed_submissions
+        self.folder.mkdir(exist_ok=True)
+        delayed.dump(self.folder / TASK_PICKLE)
+        write_atomic(self._run_folder.submission_script, self.script())
+        job_id = send(self._run_folder, environment=clean_environment(os.environ), options=self._options)
+        return [SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))]
+
+
+def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
+    """The plan in submitit's words; None leaves an option to the site's default."""
+    plan = spec.plan
+    stated = {
+        "job_name": safe_name(spec.job.name),
+        "partition": plan.queue,
+        "account": plan.account,
+        "qos": plan.qos,
+        "constraint": plan.constraint,
+        "gres": plan.gres,
+        "mem": None if plan.memory_bytes is None else f"{-(-plan.memory_bytes // 2**20)}M",
+    }
+    python = shlex.quote(spec.provenance.python)
+    return {
+        **{key: None if value is None else _directive(spec, key, value) for key, value in stated.items()},
+        "time": None,  # in minutes, and 5 unless set
+        "nodes": plan.nodes,
+        "ntasks_per_node": plan.devices_per_node,
+        "cpus_per_task": plan.cpus_per_device,
+        "wckey": None,
+        "use_srun": False,  # submitit would put unescaped paths into srun's patterns; our command has its own srun
+        "additional_parameters": _additional(spec, folder),
+        "setup": [
+            *prologue(spec, folder),
+            'export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"',
+            # submitit would requeue by itself on this signal; nobody sends this one.
+            "export SUBMITIT_PREEMPT_SIGNAL=URG",
+            'cd -- "$CFE_RUN_DIR" || exit 1',
+            *_redirection(folder),
+        ],
+        "teardown": ["code=$?", f'{python} -m cfe_hpc.ranks.epilogue "$CFE_RUN_DIR" "$code"', 'exit "$code"', ""],
+    }
+
+
+def _batch_log(folder: RunFolder, ending: str) -> str | None:
+    """The batch script's log for #SBATCH, relative to the job's working directory: the run folder. None where the
+    folder's path holds what Slurm (22.05) takes for a pattern, even there: the script then redirects by itself."""
+    return None if re.search(r"[%\\]", str(folder.path)) else f"logs/%j.batch.{ending}"
+
+
+def _redirection(folder: RunFolder) -> list[str]:
+    if _batch_log(folder, "out"):
+        return []
+    return ['exec >>"logs/$SLURM_JOB_ID.batch.out" 2>>"logs/$SLURM_JOB_ID.batch.err"']
+
+
+def _additional(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
+    """Options that submitit has no word for, or spells in coarser units."""
+    plan = spec.plan
+    options: dict[str, Any] = {
+        "requeue": True,
+        "open-mode": "append",
+        "output": _batch_log(folder, "out") or "/dev/null",
+        "error": _batch_log(folder, "err") or "/dev/null",
+        "signal": f"{plan.signal}@{plan.signal_lead_s}",
+        **({} if plan.time_s is None else {"time": slurm_time(plan.time_s)}),
+    }
+    for option in plan.options:
+        match = _OPTION.fullmatch(option)
+        if match is None:
+            key = f"partitions.{plan.partition}.options"
+            remedy = 'write "--name" or "--name=value", one option an entry'
+            problem = Problem(
+                file=spec.provenance.site_file, key=key, what="not an sbatch option", value=option, remedy=remedy
+            )
+            raise ConfigError([problem])
+        value = match["value"]
+        options[match["name"]] = True if value is None else _escaped(value)
+    return options
+
+
+def _directive(spec: RunSpec, key: str, value: str) -> str:
+    if re.search(r"[\n\r\0]", value):
+        problem = Problem(
+            file=spec.provenance.job_file,
+            key=f"plan.{key}",
+            what="holds a line break, which no #SBATCH line can",
+            value=value,
+            remedy="write it on one line",
+        )
+        raise ConfigError([problem])
+    return _escaped(value)
+
+
+def _escaped(value: str) -> str:
+    # sbatch reads a backslash as an escape even between the single quotes that submitit adds.
+    return value.replace("\\", "\\\\")
+
+
+class SlurmBackend:
+    """`Backend` over sbatch, squeue, scancel and scontrol. See launch.backend.Backend for the contracts."""
+
+    def preview(self, spec: RunSpec, folder: RunFolder) -> str:
+        return _Executor(spec, folder).script()
+
+    def submit(self, spec: RunSpec, folder: RunFolder, *, after: RunFolder | None = None) -> str:
+        options = [] if after is None else _dependency(after)
+        job = _Executor(spec, folder, options=options).submit(RankTask(str(folder.path)))
+        job_id: str = job.job_id
+        record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
+        return job_id
+
+    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:
+        return submit_successor(folder, job_id="", next_attempt=next_attempt)
+
+    def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
+        return queue(job["job_id"] for job in jobs)
+
+    def cancel(self, job: dict[str, Any]) -> None:
+        _tell(["scancel", job["job_id"]])
+
+    def request_save(self, job: dict[str, Any], spec: RunSpec) -> None:
+        _tell(["scancel", f"--signal={spec.plan.signal}", job["job_id"]])
+
+    def release(self, job: dict[str, Any]) -> None:
+        _tell(["scontrol", "release", job["job_id"]])
+
+
+def _tell(argv: list[str]) -> None:
+    done = _ask(argv)
+    # Already gone: the end that was asked for has come.
+    if done.returncode != 0 and not re.search(r"Invalid job id|already", done.stderr, re.IGNORECASE):
+        raise SchedulerError(f"{argv[0]}: refused ({done.stderr.strip()}); look at the job with squeue --me")
+
+
+def _ask(argv: list[str]) -> Any:
+    try:
+        return run(argv, timeout_s=_TIMEOUT_S, check=False)
+    except CommandError as error:
+        raise SchedulerError(f"{error}; ask from a machine that has Slurm's commands") from error
+
+
+def _dependency(after: RunFolder) -> list[str]:
+    """Options that start a job when the run `after` has ended well; none when it has already."""
+    result = after.result()
+    if result is not None and result.get("state") == "COMPLETED":
+        return []
+    if result is not None:
+        raise UsageError(f"--after: {after.run_id}: ended {result.get('state')}; requeue it, or submit without --after")
+    job = latest_job(after)
+    if job is None or job.get("scheduler") != "slurm":
+        raise UsageError(f"--after: {after.run_id}: is no Slurm job; submit without --after")
+    return [f"--dependency=afterok:{job['job_id']}", "--kill-on-invalid-dep=yes"]

@@ -1,0 +1,211 @@
+"""`python -m cfe_hpc.launch.supervisor RUN_DIR`: plays the scheduler for a run on this machine.
+
+It starts the ranks of an attempt, keeps its time limit, and after it starts the next one or writes the end. TERM to
+it is a preemption, or with control/cancel the end for good; USR2 asks the ranks to save. Signals are never handled:
+they are blocked and waited for, so that nothing happens in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cfe_hpc import log
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
+from cfe_hpc.ranks.epilogue import close_failed_attempt
+from cfe_hpc.recovery.budgets import decide
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["Attempt", "main", "supervise"]
+
+logger = logging.getLogger(__name__)
+
+StopReason = Literal["preempted", "time_limit", "cancelled", "requeue_requested", "failed"]
+
+_WAITED_FOR = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+_FOREVER_S = 86_400.0
+
+
+class Attempt:
+    """One attempt: its ranks and its clock. Making one starts the ranks."""
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, number: int, rank_command: Sequence[str]) -> None:
+        self._folder, self._spec, self.number = folder, spec, number
+        plan = spec.plan
+        now_s = time.monotonic()
+        self._limit_at_s = now_s + (_FOREVER_S * 365 if plan.time_s is None else plan.time_s)
+        self._warn_at_s = self._limit_at_s - plan.signal_lead_s
+        self._kill_at_s = float("inf")
+        self._told_to_end = False
+        self.stop_reason: StopReason | None = None
+        self.ranks = LocalRanks(
+            folder,
+            plan,
+            attempt=number,
+            job_id=f"local-{os.getpid()}",
+            argv=rank_command,
+            cwd=Path(spec.provenance.workdir),
+        )
+
+    def run(self) -> None:
+        """Return when every rank has ended, and whatever they left behind is gone."""
+        while self.ranks.alive():
+            if self.stop_reason is None and self.ranks.failure() is not None:
+                self._end("failed", self._spec.site.slurm.kill_wait)
+            self._keep_time()
+            next_s = min(self._warn_at_s, self._limit_at_s, self._kill_at_s) - time.monotonic()
+            came = signal.sigtimedwait(_WAITED_FOR, max(0.0, min(next_s, _FOREVER_S)))
+            if came is not None:
+                self._hear(signal.Signals(came.si_signo))
+        self.ranks.sweep()
+
+    def _keep_time(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._kill_at_s:
+            logger.warning("attempt %d: the ranks did not end in time: killed", self.number)
+            self.ranks.send(signal.SIGKILL)
+            self._kill_at_s = float("inf")
+        if now_s >= self._warn_at_s:
+            self._warn_at_s = float("inf")
+            self._note("time_limit")
+            self.ranks.send(signal.Signals[f"SIG{self._spec.plan.signal}"])
+        if now_s >= self._limit_at_s:
+            self._limit_at_s = float("inf")
+            self._end("time_limit", self._spec.site.slurm.kill_wait)
+
+    def _hear(self, signum: signal.Signals) -> None:
+        logger.info("attempt %d: %s", self.number, signum.name)
+        if signum in (signal.SIGTERM, signal.SIGINT):
+            kill_wait_s = self._spec.site.slurm.kill_wait
+            if self._folder.promised("cancel") is not None:
+                self._end("cancelled", kill_wait_s)
+            else:
+                self._end("preempted", self._spec.plan.preemption.grace or kill_wait_s)
+        elif signum in (signal.SIGUSR1, signal.SIGUSR2):
+            if self.stop_reason is None:
+                self.stop_reason = "requeue_requested"
+            self.ranks.send(signum)
+
+    def _note(self, reason: StopReason) -> None:
+        """Write the reason where the ranks look for it, before they are signalled. The first one stands."""
+        self.stop_reason = self.stop_reason or reason
+        self._folder.promise(f"stop-{self.number}", reason=reason)
+
+    def _end(self, reason: StopReason, grace_s: float) -> None:
+        """TERM now, once however often it is asked for; KILL after the grace."""
+        if self._told_to_end:
+            return
+        self._told_to_end = True
+        logger.info("attempt %d: %s: the ranks have %g s to end", self.number, reason, grace_s)
+        self._note(reason)
+        self.ranks.send(signal.SIGTERM)
+        self._kill_at_s = time.monotonic() + grace_s
+
+
+def supervise(folder: RunFolder, spec: RunSpec, *, first_attempt: int, rank_command: Sequence[str]) -> int:
+    """Run attempts until the run has ended or is held; 0 when it completed, else 1. Writes what only this process
+    can know: how ranks ended that could not say so themselves."""
+    number = first_attempt
+    while True:
+        attempt = Attempt(folder, spec, number, rank_command)
+        attempt.run()
+        if not _another_follows(folder, spec, attempt):
+            break
+        number += 1
+    result = folder.result() or {}
+    logger.info("ended: %s", result.get("state"))
+    return 0 if result.get("state") == "COMPLETED" else 1
+
+
+def _another_follows(folder: RunFolder, spec: RunSpec, attempt: Attempt) -> bool:
+    """Decide what comes after an attempt, whose ranks may have ended in any way."""
+    number = attempt.number
+    if folder.result() is not None:
+        return False
+    if folder.promised("cancel") is not None:
+        _write_end(folder, "CANCELLED", attempt=number, reason="cancelled by the user")
+        return False
+    if folder.promised(f"requeued-{number}") is not None:
+        return True
+    held = folder.promised("held")
+    if held is not None:
+        _write_end(folder, "HELD", attempt=number, reason=str(held.get("reason", "")))
+        return False
+    if attempt.stop_reason == "preempted":
+        return _requeue_unsaved(folder, spec, number)
+    failure = attempt.ranks.failure()
+    _note_failure(folder, attempt, failure)
+    return close_failed_attempt(folder, attempt=number, status=0 if failure is None else abs(failure[1]))
+
+
+def _requeue_unsaved(folder: RunFolder, spec: RunSpec, number: int) -> bool:
+    """A preempted attempt that could not save goes back to the queue all the same, as Slurm has it."""
+    folder.append_event("preempted", attempt=number, detail="the ranks ended without having saved")
+    decision = decide(spec.job.recovery, folder.events(), cause="preempted")
+    if decision.action != "requeue":
+        folder.promise("held", reason=decision.why, attempt=number)
+        folder.append_event("held", attempt=number, reason=decision.why)
+        _write_end(folder, "HELD", attempt=number, reason=decision.why)
+        return False
+    folder.append_event("requeued", attempt=number, reason="preempted", detail=decision.why)
+    return folder.promise(f"requeued-{number}", reason="preempted")
+
+
+def _note_failure(folder: RunFolder, attempt: Attempt, failure: tuple[int, int] | None) -> None:
+    """Write the `failed` event of an attempt, unless a rank has done so."""
+    if any(event["event"] == "failed" and event.get("attempt") == attempt.number for event in folder.events()):
+        return
+    if attempt.stop_reason == "time_limit":
+        folder.append_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
+    elif failure is None:
+        folder.append_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
+    else:
+        rank, status = failure
+        how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+        folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}")
+
+
+def _write_end(folder: RunFolder, state: str, *, attempt: int, reason: str) -> None:
+    """The end of a run whose ranks could not write it. Who holds a run writes that event."""
+    if state == "CANCELLED" and not any(event["event"] == "cancelled" for event in folder.events()):
+        folder.append_event("cancelled", attempt=attempt, reason=reason)
+    folder.write_result({"state": state, "reason": reason, "attempts": attempt + 1})
+
+
+def _wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> bool:
+    """Wait until the run `after` has ended; whether it ended well and nobody cancelled this one meanwhile."""
+    while after.result() is None and folder.promised("cancel") is None:
+        signal.sigtimedwait(_WAITED_FOR, poll_s)
+    return folder.promised("cancel") is None and (after.result() or {}).get("state") == "COMPLETED"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The module's command line."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    parser = argparse.ArgumentParser(prog="cfe_hpc.launch.supervisor", description="Run a run folder on this machine.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--after", type=Path, metavar="RUN_DIR", help="start when that run has completed")
+    parser.add_argument("rank_command", nargs="*", help="what a rank runs (after --); the package's own when left out")
+    args = parser.parse_args(argv)
+    log.configure()
+    adopt_orphans()
+    folder = RunFolder(args.run_dir)
+    spec = RunSpec.read(folder.run_toml)
+    if args.after is not None and not _wait_for(RunFolder(args.after), folder, spec.site.slurm.poll_interval):
+        _write_end(folder, "CANCELLED", attempt=-1, reason=f"{args.after.name}, which it waits for, did not complete")
+        return 1
+    command = args.rank_command or [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks", str(folder.path)]
+    first_attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0"))
+    return supervise(folder, spec, first_attempt=first_attempt, rank_command=command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What submitit unpickles on a node: a callable that holds the run folder's path, and becomes the rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from cfe_hpc.files import read_toml
+from cfe_hpc.ranks.signals import STOP_SIGNALS
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["RankTask"]
+
+
+class RankTask:
+    """Replace this process by the rank's: `python -u -m cfe_hpc.ranks RUN_DIR`, logging to the run folder.
+
+    The pickle names this class and the path, nothing else: the submitter never imports a trainer, and edits made
+    after submission change nothing but this package.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def __call__(self) -> None:
+        """Never returns. Stop signals stay blocked across the exec; the rank unblocks them once it can hear them.
+
+        submitit has just installed handlers that swallow TERM and requeue on USR2: the exec drops them.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        folder = RunFolder(Path(self.run_dir))
+        provenance = read_toml(folder.run_toml)["provenance"]
+        _redirect(folder)
+        os.chdir(provenance["workdir"])
+        python = provenance["python"]
+        os.execv(python, [python, "-u", "-m", "cfe_hpc.ranks", self.run_dir])
+
+
+def _redirect(folder: RunFolder) -> None:
+    """Append standard output and error to logs/<job id>.<attempt>.<rank>.out and .err."""
+    env = os.environ
+    attempt = int(env.get("CFE_ATTEMPT_BASE", "0")) + int(env.get("SLURM_RESTART_COUNT", "0"))
+    stem = folder.log_stem(job_id=env["SLURM_JOB_ID"], attempt=attempt, rank=int(env["SLURM_PROCID"]))
+    for stream, ending in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        fd = os.open(folder.logs / f"{stem}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(fd, stream.fileno())
+        os.close(fd)
