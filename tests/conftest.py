@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -112,20 +112,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    outcome = yield
-    report: pytest.TestReport = outcome.get_result()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
     if item.get_closest_marker("slurm") is None:
-        return
+        return report
+    if report.skipped:
+        item.config.stash[_SLURM_RESULTS][item.nodeid] = "skipped"
+    elif report.when == "call":
+        item.config.stash[_SLURM_RESULTS][item.nodeid] = "ran"
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
         report.outcome = "failed"
-        report.longrepr = f"skipped, and in CI the real-Slurm tests must run: {report.longrepr[2]}"
-    if report.when == "call" or not report.passed:
-        item.config.stash[_SLURM_RESULTS][item.nodeid] = "skipped" if report.skipped else "ran"
+        report.longrepr = f"the real-Slurm tests must run in CI; this one was skipped: {report.longreprtext}"
     running = getattr(item, "funcargs", {}).get("cluster")
     if report.failed and running is not None:
         report.sections.append(("the cluster when the test failed", running.diagnosis()))
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

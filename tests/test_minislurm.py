@@ -83,8 +83,7 @@ def cases(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     cluster.scancel(jobs["cancelled"].job_id)
     cluster.kill_node("n7")
     for name in ("stays", "requeues", "node-lost"):
-        job_id = jobs[name].job_id
-        cluster.wait_for(lambda job_id=job_id: cluster.restarts(job_id) == 1, 90, f"{name} requeued")
+        cluster.wait_for_restart(jobs[name].job_id, 1)
     cluster.scancel(*preemptors)
     yield jobs
     cluster.tidy(keep=before)

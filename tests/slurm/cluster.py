@@ -113,7 +113,7 @@ class Cluster:
 
     # Waiting
 
-    def wait_for(self, predicate: Callable[[], T], timeout_s: float, what: str = "") -> T:
+    def wait_for(self, predicate: Callable[[], T | None], timeout_s: float, what: str = "") -> T:
         """Ask until the answer is true, and return it; fail with the state of the cluster when time is up."""
         deadline = time.monotonic() + timeout_s
         while not (answer := predicate()):
@@ -132,6 +132,10 @@ class Cluster:
             return state if state in states else None
 
         return self.wait_for(reached, timeout_s, f"job {job_id} {' or '.join(states)}")
+
+    def wait_for_restart(self, job_id: str, restarts: int, timeout_s: float = 90.0) -> None:
+        """Wait until Slurm has requeued a job this often."""
+        self.wait_for(lambda: self.restarts(job_id) >= restarts, timeout_s, f"job {job_id} requeued {restarts} times")
 
     def wait_for_end(self, job_id: str, timeout_s: float = 120.0) -> str:
         """Wait until a job has ended for good; the state it ended in."""
@@ -155,7 +159,7 @@ class Cluster:
         """Preempt a running job, wait until it was requeued, and let it run again; returns once it does."""
         before = self.restarts(job_id)
         preemptor = self.preempt(job_id)
-        self.wait_for(lambda: self.restarts(job_id) > before, timeout_s, f"job {job_id} requeued")
+        self.wait_for_restart(job_id, before + 1, timeout_s=timeout_s)
         self.scancel(preemptor)
         self.wait_for_end(preemptor)
         self.resume(job_id)
