@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.fields import FieldInfo
 
-from cfe_hpc.units import parse_duration_s, parse_size_bytes
+from cfe_hpc.units import format_duration, parse_duration_s, parse_size_bytes
 
-__all__ = ["DurationS", "SizeBytes", "Strict"]
+__all__ = ["DurationS", "SizeBytes", "Strict", "spelt", "unit_of"]
 
 
 def _duration_s(value: Any) -> float:
@@ -34,3 +35,35 @@ class Strict(BaseModel):
     """A table of a file: unknown keys are refused, nothing is coerced, nothing changes after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+_SIZE_NAMES = {
+    exponent: ((1024, f"{letter}iB"), (1000, f"{letter}B" if letter != "K" else "kB"))
+    for exponent, letter in enumerate("KMGT", start=1)
+}
+
+
+def unit_of(field: FieldInfo) -> Literal["duration", "size"] | None:
+    """What a number of this field measures; None for a plain value."""
+    if _holds(field, _duration_s):
+        return "duration"
+    return "size" if _holds(field, _size_bytes) else None
+
+
+def _holds(field: FieldInfo, read: Any) -> bool:
+    # `DurationS` itself puts its validator among the field's metadata; `DurationS | None` keeps it in the annotation.
+    nested = [piece for argument in get_args(field.annotation) for piece in get_args(argument)[1:]]
+    return any(isinstance(piece, BeforeValidator) and piece.func is read for piece in [*field.metadata, *nested])
+
+
+def spelt(field: FieldInfo, value: Any) -> Any:
+    """A value of the field as people write it in a file, as far as that is exact: 14400.0 is "4h", 2**36 "64GiB"."""
+    unit = unit_of(field)
+    if unit is None or value is None:
+        return value
+    if unit == "duration":
+        text = format_duration(value)
+        return text if parse_duration_s(text) == value else value
+    units = [(base**exponent, name) for exponent in (4, 3, 2, 1) for base, name in _SIZE_NAMES[exponent]]
+    exact = (f"{value // unit}{name}" for unit, name in units if value and value % unit == 0)
+    return min(exact, key=len, default=value)

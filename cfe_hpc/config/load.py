@@ -255,6 +255,8 @@ def _mended(model: type[BaseModel], tree: dict[str, Any], path: Path, *, missing
 def _about(key: str, unsure: set[str]) -> bool:
     if unsure & {"entry", "command"} and key in ("entry", "command"):
         return True
+    if "params" in unsure and key.startswith("command["):
+        return True
     return any(key == known or key.startswith((f"{known}.", f"{known}[")) for known in unsure)
 
 

@@ -169,8 +169,11 @@ class Site(Strict):
     metrics: SiteMetrics = SiteMetrics()
 
 
-def expand_runs_root(site: Site, environ: Mapping[str, str]) -> Path:
+def expand_runs_root(site: Site, environ: Mapping[str, str], *, file: str | None = None) -> Path:
     """The site's runs root as an absolute path; a relative one lies under the current folder.
+
+    Args:
+        file: the profile as messages name it.
 
     Raises:
         ConfigError: it names a variable that is not set.
@@ -181,7 +184,9 @@ def expand_runs_root(site: Site, environ: Mapping[str, str]) -> Path:
         name = match[1] or match[2]
         if name not in environ:
             what, remedy = f"variable {name} is not set", "set it, or name the folder outright"
-            problem = Problem(file=f"site {site.name}", key="storage.runs_root", what=what, value=text, remedy=remedy)
+            problem = Problem(
+                file=file or f"site {site.name}", key="storage.runs_root", what=what, value=text, remedy=remedy
+            )
             raise ConfigError([problem])
         return environ[name]
 
