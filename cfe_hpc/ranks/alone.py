@@ -15,7 +15,7 @@ from cfe_hpc.errors import UsageError
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.runfolder import RunFolder, utc_now
 
-__all__ = ["alone_folder"]
+__all__ = ["alone_folder", "next_attempt"]
 
 _NODE_MEMORY_BYTES = 1 << 30
 
@@ -74,3 +74,8 @@ def alone_folder(facts: RankFacts) -> RunFolder:
     )
     spec.write(folder.run_toml)
     return folder
+
+
+def next_attempt(folder: RunFolder) -> int:
+    """The number of the attempt that begins now, where no scheduler counts them. Read it before ranks meet."""
+    return 1 + max((int(event["attempt"]) for event in folder.events() if event["event"] == "started"), default=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 from cfe_hpc.checkpoints.protocols import Group, SoloGroup
@@ -33,9 +34,9 @@ class GlooGroup:
     """`Group` over torch's gloo backend. See checkpoints.protocols.Group for each method's contract."""
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
-        import torch
-        import torch.distributed as dist
-
+        # As Any: torch exports these names but does not type them.
+        torch: Any = import_module("torch")
+        dist: Any = import_module("torch.distributed")
         self.rank, self.size = rank, size
         timeout = timedelta(seconds=_TIMEOUT_S)
         # The group lives as long as its store: keep it.
@@ -65,6 +66,8 @@ class GlooGroup:
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
         size = self.all_max([len(data) if self.rank == source else 0])[0]
+        if not size:
+            return b""
         tensor = self._bytes(data if self.rank == source else b"", size)
         options = self._dist.BroadcastOptions()
         options.rootRank = source
@@ -75,12 +78,7 @@ class GlooGroup:
         self.all_max([0])
 
     def _bytes(self, data: bytes, size: int) -> Any:
-        padded = bytearray(data.ljust(size, b"\0"))
-        return (
-            self._torch.frombuffer(padded, dtype=self._torch.uint8)
-            if size
-            else self._torch.empty(0, dtype=self._torch.uint8)
-        )
+        return self._torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=self._torch.uint8)
 
 
 def _unpack(tensor: Any) -> bytes:

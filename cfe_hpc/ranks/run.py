@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, UsageError
+from cfe_hpc.errors import CorruptCheckpoint
 from cfe_hpc.metrics.exporter import build as build_exporter
 from cfe_hpc.ranks import signals
-from cfe_hpc.ranks.alone import alone_folder
+from cfe_hpc.ranks.alone import alone_folder, next_attempt
 from cfe_hpc.ranks.bootstrap import Place, bootstrap
 from cfe_hpc.ranks.env import read_facts
 from cfe_hpc.ranks.journal import Journal
@@ -51,6 +51,8 @@ def join() -> Run:
         facts = read_facts()
         path = os.environ.get("CFE_RUN_DIR")
         folder = RunFolder(Path(path)) if path else alone_folder(facts)
+        if facts.scheduler == "none":
+            facts = replace(facts, attempt=next_attempt(folder))
         spec = RunSpec.read(folder.run_toml)
         place = bootstrap(facts, spec)
         signals.unblock()
@@ -158,17 +160,20 @@ class Run:
         """
         self._journal.log(values)
 
-    def check_stop(self) -> None:
+    def check_stop(self, *, updated: bool = True) -> None:
         """Let a stop be acted on between two boundaries: in evaluation, warm-up, or another long stretch. Collective.
 
         Inside the body of `steps` it counts as the boundary of the current step: its update must be done.
+
+        Args:
+            updated: False when the current step's update is still to come: the next attempt does the whole step.
 
         Raises:
             SystemExit: as in `steps`.
         """
         bits, _ = self._agree(time_due=False)
         if bits:
-            if self._in_body:
+            if self._in_body and updated:
                 self._done += 1
                 self._journal.step_ends(self._done)
             self._stop(bits)
@@ -229,9 +234,9 @@ class Run:
             step=self._done,
             started_s=self._flag.first_s,
         )
-        self._end(verdict)
+        self._end(verdict, names)
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: Verdict, names: list[str]) -> None:
         if self.rank == 0:
             logger.info("stopping at step %d: %s (%s)", self._done, verdict.action, verdict.why)
         if verdict.action == "cancelled":
@@ -240,6 +245,9 @@ class Run:
             self._write_result("HELD", reason=verdict.why)
         elif verdict.action == "killed":
             self._await_kill()
+        if self._place.facts.scheduler == "none":
+            # Whoever started this by hand sees what any program stopped by that signal shows.
+            raise SystemExit(128 + signal.Signals[names[0]])
         raise SystemExit(verdict.exit_code)
 
     def _await_kill(self) -> None:

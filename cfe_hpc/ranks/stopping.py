@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.config.job import Recovery
@@ -79,11 +79,11 @@ def conclude(
         cause, evidence = inquiry.answer()
         seconds = None if started_s is None else round(time.monotonic() - started_s, 3)
         verdict = _judge(folder, recovery, cause, evidence, attempt)
-        fields = {"attempt": attempt, "step": step, "detail": verdict.why, "seconds": seconds}
+        fields: dict[str, Any] = {"step": step, "detail": verdict.why, "seconds": seconds}
         if cause == "preempted":
-            folder.append_event("preempted", **fields)
+            folder.append_event("preempted", attempt=attempt, **fields)
         if verdict.action == "cancelled":
-            folder.append_event("cancelled", reason=cause, **fields)
+            folder.append_event("cancelled", attempt=attempt, reason=cause, **fields)
         elif verdict.action == "held":
             hold(folder, attempt=attempt, step=step, why=verdict.why)
         elif verdict.action == "requeued":
@@ -102,7 +102,7 @@ def hold(folder: RunFolder, *, attempt: int, step: int | None, why: str) -> None
 def _judge(folder: RunFolder, recovery: Recovery, cause: Cause, evidence: str, attempt: int) -> Verdict:
     if cause == "cancelled":
         return Verdict(action="cancelled", cause=cause, why=evidence, exit_code=0)
-    if cause in ("requeued_already", "node_failure"):
+    if cause == "requeued_already" or cause == "node_failure":
         return Verdict(action="requeued", cause=cause, why=evidence, exit_code=0)
     if cause == "unknown":
         return Verdict(action="killed", cause=cause, why=evidence, exit_code=0)
