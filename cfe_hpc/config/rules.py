@@ -147,6 +147,11 @@ def _url_problems(url: str | None, path: Path, report: Report) -> Iterator[Probl
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        # Without the value: it would land in terminals and logs, and in run.toml if it were let through.
+        remedy = "take them out; CFE_PUSHGATEWAY_USER and CFE_PUSHGATEWAY_PASSWORD hold the gateway's"
+        yield report(path, "holds a user or a password", remedy)
+        return
     if not good:
         yield report(path, "is no URL", "write for example http://host:9091", url)
 
