@@ -43,9 +43,7 @@ def _configure_build(actions: Any) -> None:
     build.add_argument("file", metavar="FILE", type=Path, help="the token file to write")
     build.add_argument("sources", metavar="SOURCE", type=Path, nargs="*", help="files, or folders searched for files")
     build.add_argument("--stdlib", action="store_true", help="the source code of this Python's standard library")
-    build.add_argument(
-        "--max-bytes", metavar="SIZE", default="32MiB", help="of --stdlib, take at most this much (default 32MiB)"
-    )
+    build.add_argument("--max-bytes", metavar="SIZE", help="of --stdlib, take at most this much (default 32MiB)")
     build.add_argument(
         "--include", metavar="PATTERN", action="append", default=[], help='only such files of folders, e.g. "*.py"'
     )
@@ -76,6 +74,8 @@ def _build(args: argparse.Namespace) -> int:
     if args.stdlib == bool(args.sources):
         wrong = "--stdlib and SOURCE exclude each other" if args.stdlib else "no SOURCE"
         raise UsageError(f"data build: {wrong}; name files or folders, or give --stdlib alone")
+    if (args.include and args.stdlib) or (args.max_bytes and not args.stdlib):
+        raise UsageError("data build: --include is for folders and --max-bytes for --stdlib; leave it out")
     # By dotted name: numpy and h5py are loaded for this verb, never linked to the login side.
     building = import_module("cfe_hpc.data.build")
     options = building.BuildOptions(
@@ -89,7 +89,8 @@ def _build(args: argparse.Namespace) -> int:
     )
     progress = _Progress()
     if args.stdlib:
-        sources = import_module("cfe_hpc.data.sources").stdlib_sources(max_bytes=_size(args.max_bytes))
+        limit = {"max_bytes": _size(args.max_bytes)} if args.max_bytes else {}
+        sources = import_module("cfe_hpc.data.sources").stdlib_sources(**limit)
         report = building.build(args.file, sources, options=options, progress=progress)
     else:
         report = building.build_from_paths(

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cfe_hpc.data.format import SPLITS, TokenFileFacts, open_token_file, read_facts
+from cfe_hpc.data.format import READ_ERRORS, SPLITS, TokenFileFacts, open_token_file, read_facts
 from cfe_hpc.data.plan import Progress
 from cfe_hpc.errors import DataError
 
 __all__ = ["CheckReport", "SplitStatistics", "check"]
-
-_READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +145,7 @@ class _SplitCheck:
             stop = min(start + step, len(dataset))
             try:
                 tokens = dataset[start:stop]
-            except _READ_ERRORS:
+            except READ_ERRORS:
                 self._problem("tokens", f"damaged in tokens {start} to {stop - 1}{_where(dataset, start)}")
             else:
                 yield start, tokens
@@ -160,7 +158,7 @@ class _SplitCheck:
             group = self._file[self._split]
             starts: npt.NDArray[np.int64] = group["documents"][...].astype(np.int64)
             sources = group["sources"][...].astype(np.int64)
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             self._problem("documents", f"the document index is damaged ({' '.join(str(error).split())})")
             return None
         whole = len(starts) == stated.documents + 1 and starts[0] == 0 and starts[-1] == stated.tokens
@@ -182,7 +180,7 @@ class _SplitCheck:
 def _where(dataset: Any, start: int) -> str:
     try:
         chunk = dataset.id.get_chunk_info_by_coord((start,))
-    except _READ_ERRORS:
+    except READ_ERRORS:
         return ""
     return f" (bytes {chunk.byte_offset} to {chunk.byte_offset + chunk.size - 1} of the file)"
 
@@ -201,7 +199,7 @@ def _check_sources(
     try:
         sources = [json.loads(line) for line in file["sources"][...].tobytes().splitlines()]
         documents = [int(source["documents"]) for source in sources]
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         return [], [f"{path}: sources: the list is damaged ({' '.join(str(error).split())}); {remedy}"]
     if document_sources is not None:
         counted = np.bincount(document_sources, minlength=len(sources))

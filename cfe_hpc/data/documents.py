@@ -49,16 +49,23 @@ def documents(source: Source, *, max_tokens: int, separator: int | None, id_limi
         with open(source.path, "rb") as stream:
             yield from _text_documents(stream, max_tokens)
     except OSError as error:
-        raise UnusableSource(f"cannot be read: {error.strerror}", "check its rights") from error
+        raise _unreadable(error) from error
 
 
 def file_sha256(source: Source) -> str:
-    """SHA-256 of the file's bytes, hexadecimal."""
+    """SHA-256 of the file's bytes, hexadecimal. Raises UnusableSource when it cannot be read."""
     digest = hashlib.sha256()
-    with open(source.path, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with open(source.path, "rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise _unreadable(error) from error
     return digest.hexdigest()
+
+
+def _unreadable(error: OSError) -> UnusableSource:
+    return UnusableSource(f"cannot be read: {error.strerror or error}", "check its rights and its disk")
 
 
 def _text_documents(stream: BinaryIO, max_bytes: int) -> Iterator[Document]:
@@ -111,7 +118,7 @@ def _array_documents(source: Source, max_tokens: int, separator: int | None, id_
         first = 0
         for end in _ends(run, separator, id_limit):
             for start in range(first, end, max_tokens):
-                yield np.asarray(run[start : min(end, start + max_tokens)], dtype="<u2")
+                yield np.ascontiguousarray(run[start : min(end, start + max_tokens)], dtype="<u2")
             first = end + 1
 
 
@@ -140,7 +147,7 @@ def _open_array(source: Source) -> Document:
             raise UnusableSource(what, "write the ids as little-endian uint16, or as .npy")
         return np.memmap(source.path, dtype="<u2", mode="r")
     try:
-        ids: Document = np.load(source.path, mmap_mode="r", allow_pickle=False)
+        ids: Document = np.lib.format.open_memmap(source.path, mode="r")
     except (ValueError, EOFError) as error:
         what = f"not a .npy array ({' '.join(str(error).split())})"
         raise UnusableSource(what, "write it with numpy.save, as integers") from error

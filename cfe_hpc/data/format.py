@@ -31,6 +31,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "LIBVER",
+    "READ_ERRORS",
     "SPLITS",
     "SplitFacts",
     "TokenFileFacts",
@@ -44,6 +45,8 @@ SPLITS = ("train", "validation")
 DTYPES: Mapping[str, str] = {"uint8": "|u1", "uint16": "<u2"}
 CHUNK_BYTES = 1 << 20
 LIBVER = ("v110", "v110")
+# What h5py raises, by the part that is damaged, and what decoding a damaged value raises.
+READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 _REBUILD = "build it again with `cfe-hpc data build`"
 
 
@@ -106,7 +109,7 @@ def open_token_file(path: Path) -> Any:
 def _require_version(path: Path, file: Any) -> None:
     try:
         kind, version = file.attrs.get("format"), file.attrs.get("format_version")
-    except (OSError, RuntimeError) as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: header is damaged ({_reason(error)}); {_REBUILD}") from error
     if kind != FORMAT.encode():
         raise DataError(f"{path}: an HDF5 file, but not a token file of cfe_hpc; {_REBUILD}")
@@ -142,7 +145,7 @@ def read_facts(path: Path, file: Any) -> TokenFileFacts:
             validation_fraction=float(file.attrs["validation_fraction"]),
             splits=splits,
         )
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: header is damaged ({_reason(error)}); {_REBUILD}") from error
 
 

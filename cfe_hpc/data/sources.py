@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cfe_hpc.errors import DataError, Problem
+from cfe_hpc.errors import DataError, Problem, UsageError
 
 __all__ = ["ARRAY_SUFFIXES", "DEFAULT_STDLIB_BYTES", "Source", "find_sources", "stdlib_sources"]
 
@@ -121,22 +121,27 @@ def stdlib_sources(*, max_bytes: int = DEFAULT_STDLIB_BYTES) -> list[Source]:
 
     Raises:
         DataError: this Python carries no source code (a frozen or zipped build).
+        UsageError: `max_bytes` is less than the first file.
     """
     root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in _python_files(root) if file.is_file()]
+    if not files:
+        raise DataError(f"{root}: this Python carries no source code of its standard library; name text files instead")
     sources: list[Source] = []
     total = 0
+    for file in files:
+        size_bytes = file.stat().st_size
+        total += size_bytes
+        if total > max_bytes:
+            break
+        name = f"stdlib/{file.relative_to(root).as_posix()}"
+        sources.append(Source(path=file, name=name, size_bytes=size_bytes))
+    if not sources:
+        raise UsageError(f"--max-bytes: less than the first file ({max_bytes}); give at least 1MiB")
+    return sources
+
+
+def _python_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - _NOT_STDLIB)
-        for name in sorted(names):
-            file = Path(folder, name)
-            if file.suffix != ".py" or not file.is_file():
-                continue
-            size_bytes = file.stat().st_size
-            if total + size_bytes > max_bytes:
-                return sources
-            total += size_bytes
-            name_in_file = f"stdlib/{file.relative_to(root).as_posix()}"
-            sources.append(Source(path=file, name=name_in_file, size_bytes=size_bytes))
-    if not total:
-        raise DataError(f"{root}: this Python carries no source code of its standard library; name text files instead")
-    return sources
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cfe_hpc.data.format import open_token_file, read_facts
+from cfe_hpc.data.format import READ_ERRORS, open_token_file, read_facts
 from cfe_hpc.errors import DataError
 
 __all__ = ["TokenWindows"]
@@ -28,6 +28,7 @@ class TokenWindows:
         seq_len: tokens that a window predicts.
         vocab_size: every token is below it.
         num_tokens: tokens of the split.
+        dtype: of the stored tokens, uint8 or uint16.
         tokens_sha256: of the split's tokens, as the header states it.
 
     Raises:
@@ -49,14 +50,14 @@ class TokenWindows:
         self.vocab_size = facts.vocab_size
         self.num_tokens = facts.splits[split].tokens
         self.tokens_sha256 = facts.splits[split].tokens_sha256
-        self._dtype = np.dtype(facts.dtype)
+        self.dtype = np.dtype(facts.dtype)
         self._count = max(0, (self.num_tokens - 1) // seq_len)
         if self._count == 0:
             raise DataError(
                 f"{self.path}: {split} has {self.num_tokens} tokens, fewer than one window of {seq_len + 1}; "
                 "add text or shorten seq_len"
             )
-        self._in_memory = self.num_tokens * self._dtype.itemsize <= memory_limit_bytes
+        self._in_memory = self.num_tokens * self.dtype.itemsize <= memory_limit_bytes
         self._reader: _MemoryReader | _FileReader | None = None
         self._reader_pid = -1
 
@@ -79,17 +80,25 @@ class TokenWindows:
     def _open(self) -> _MemoryReader | _FileReader:
         if self._reader is None or (self._reader_pid != os.getpid() and not self._in_memory):
             make = _MemoryReader if self._in_memory else _FileReader
-            self._reader = make(self.path, self.split, self._dtype, self.seq_len)
+            self._reader = make(self._reopen(), self)
             self._reader_pid = os.getpid()
         return self._reader
 
+    def _reopen(self) -> Any:
+        file = open_token_file(self.path)
+        facts = read_facts(self.path, file).splits[self.split]
+        if facts.tokens_sha256 != self.tokens_sha256:
+            file.close()
+            raise DataError(f"{self.path}: was replaced by another token file meanwhile; start the run again")
+        return file
 
-def _read_tokens(path: Path, split: str, dataset: Any, start: int, stop: int) -> npt.NDArray[Any]:
+
+def _read_tokens(of: TokenWindows, dataset: Any, start: int, stop: int) -> npt.NDArray[Any]:
     try:
         tokens: npt.NDArray[Any] = dataset[start:stop]
-    except (OSError, RuntimeError) as error:
+    except READ_ERRORS as error:
         raise DataError(
-            f"{path}: {split}/tokens is damaged between tokens {start} and {stop}; "
+            f"{of.path}: {of.split}/tokens is damaged between tokens {start} and {stop}; "
             "see `cfe-hpc data check`, then build the file again"
         ) from error
     return tokens
@@ -98,16 +107,16 @@ def _read_tokens(path: Path, split: str, dataset: Any, start: int, stop: int) ->
 class _MemoryReader:
     """The whole split in memory, read once through Fletcher-32."""
 
-    def __init__(self, path: Path, split: str, dtype: np.dtype[Any], seq_len: int) -> None:
-        with open_token_file(path) as file:
-            dataset = file[split]["tokens"]
+    def __init__(self, file: Any, of: TokenWindows) -> None:
+        with file:
+            dataset = file[of.split]["tokens"]
             step = dataset.chunks[0] * 16
-            tokens = np.empty(dataset.shape, dtype=dtype)
+            tokens = np.empty(dataset.shape, dtype=of.dtype)
             for start in range(0, len(tokens), step):
                 stop = min(start + step, len(tokens))
-                tokens[start:stop] = _read_tokens(path, split, dataset, start, stop)
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
-        self._windows = windows[::seq_len]
+                tokens[start:stop] = _read_tokens(of, dataset, start, stop)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, of.seq_len + 1)
+        self._windows = windows[:: of.seq_len]
 
     def read(self, windows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         return self._windows[windows]
@@ -116,23 +125,21 @@ class _MemoryReader:
 class _FileReader:
     """Positional reads of windows out of the file's chunks, each verified when first touched."""
 
-    def __init__(self, path: Path, split: str, dtype: np.dtype[Any], seq_len: int) -> None:
-        self._path, self._split, self._seq_len = path, split, seq_len
-        self._file = open_token_file(path)
-        self._dataset = self._file[split]["tokens"]
+    def __init__(self, file: Any, of: TokenWindows) -> None:
+        self._of = of
+        self._file = file
+        self._dataset = file[of.split]["tokens"]
         self._chunk = int(self._dataset.chunks[0])
-        self._dtype = dtype
         self._offsets: dict[int, int] = {}
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(of.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        os.close(self._fd)
 
     def read(self, windows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        rows = np.empty((len(windows), self._seq_len + 1), dtype=self._dtype)
+        rows = np.empty((len(windows), self._of.seq_len + 1), dtype=self._of.dtype)
         for row, window in zip(rows, windows, strict=True):
-            self._read_into(row, int(window) * self._seq_len)
+            self._read_into(row, int(window) * self._of.seq_len)
         return rows
 
     def _read_into(self, row: npt.NDArray[Any], start: int) -> None:
@@ -140,9 +147,9 @@ class _FileReader:
         while done < len(row):
             chunk, within = divmod(start + done, self._chunk)
             part = row[done : done + self._chunk - within]
-            offset = self._offset(chunk) + within * self._dtype.itemsize
+            offset = self._offset(chunk) + within * self._of.dtype.itemsize
             if os.preadv(self._fd, [part.data], offset) != part.nbytes:
-                raise DataError(f"{self._path}: {self._split}/tokens ends early; build the file again")
+                raise DataError(f"{self._of.path}: {self._of.split}/tokens ends early; build the file again")
             done += len(part)
 
     def _offset(self, chunk: int) -> int:
@@ -150,6 +157,6 @@ class _FileReader:
         if chunk not in self._offsets:
             start = chunk * self._chunk
             stop = min(start + self._chunk, len(self._dataset))
-            _read_tokens(self._path, self._split, self._dataset, start, stop)
+            _read_tokens(self._of, self._dataset, start, stop)
             self._offsets[chunk] = self._dataset.id.get_chunk_info_by_coord((start,)).byte_offset
         return self._offsets[chunk]
