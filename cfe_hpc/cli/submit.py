@@ -1,0 +1,114 @@
+"""`submit JOB`: plan it, check it, show it or send it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfe_hpc.cli import common
+from cfe_hpc.errors import ImpossibleError
+
+if TYPE_CHECKING:
+    from cfe_hpc.config.load import Loaded
+    from cfe_hpc.config.run import Plan
+    from cfe_hpc.launch.provenance import WorkTree
+    from cfe_hpc.launch.submission import Submitted
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.description = (
+        "Plan a job for a site, check it and send it. What it needs is frozen in its run folder: later edits of job, "
+        "site or environment never reach it. Exit codes: 0 sent (with --wait: completed), 1 ended otherwise, 2 job or "
+        "site is wrong, 3 the scheduler refused or cannot be reached, 4 the job could never run there."
+    )
+    common.add_job_arguments(parser)
+    parser.add_argument("--after", metavar="RUN", help="start only when that run has completed")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the very script that would be sent; write nothing"
+    )
+    parser.add_argument("--wait", action="store_true", help="follow the run until it ends; Ctrl-C leaves it running")
+    common.add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit, or show what would be submitted."""
+    from cfe_hpc.launch.plan import plan
+    from cfe_hpc.launch.provenance import WorkTree
+
+    work_tree = WorkTree(Path.cwd())
+    loaded = common.load_job(args)
+    planned = plan(loaded.job, loaded.site, loaded.origins)
+    _heed_checks(loaded, planned)
+    if args.dry_run:
+        return _show(args, loaded, planned, work_tree)
+
+    from cfe_hpc.launch.submission import submit
+
+    after = None if args.after is None else common.find_run(args, args.after)
+    submitted = submit(loaded, planned, work_tree, after=after)
+    if args.json:
+        common.print_json(_document(loaded, planned, submitted.folder.run_id, submitted.folder.path, submitted.job_id))
+        sys.stdout.flush()
+    else:
+        print(f"{submitted.folder.run_id}  job {submitted.job_id}  {submitted.folder.path}", flush=True)
+    return _wait(submitted) if args.wait else 0
+
+
+def _heed_checks(loaded: Loaded, planned: Plan) -> None:
+    """Refuse a job that is sure to fail; say on standard error what else is worth knowing."""
+    from cfe_hpc.launch.checks import check
+
+    findings = check(loaded, planned)
+    errors = [finding.problem for finding in findings if finding.severity == "error"]
+    if errors:
+        raise ImpossibleError(errors)
+    for finding in findings:
+        if finding.severity == "warning":
+            print(f"warning: {finding.problem}", file=sys.stderr)
+
+
+def _document(loaded: Loaded, planned: Plan, run_id: str, run_dir: Path, job_id: str | None) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "run_dir": str(run_dir),
+        "job_id": job_id,
+        "site": loaded.site.name,
+        "partition": planned.partition,
+        "nodes": planned.nodes,
+        "world_size": planned.world_size,
+    }
+
+
+def _show(args: argparse.Namespace, loaded: Loaded, planned: Plan, work_tree: WorkTree) -> int:
+    from cfe_hpc.launch.submission import preview
+
+    spec, folder, script = preview(loaded, planned, work_tree)
+    if args.json:
+        document = _document(loaded, planned, spec.run_id, folder.path, job_id=None)
+        plan_shown = planned.model_dump(mode="json")
+        common.print_json({**document, "dry_run": True, "plan": plan_shown, "script": script})
+        return 0
+    from cfe_hpc.cli.check import plan_rows
+
+    for word, text in [*plan_rows(loaded, planned), ("run folder", str(folder.path))]:
+        print(f"{word:<12}{text}".replace("\n", "\\n"))
+    print(f"\n{script}", end="")
+    return 0
+
+
+def _wait(submitted: Submitted) -> int:
+    from cfe_hpc.launch.follow import follow
+
+    run_id = submitted.folder.run_id
+    try:
+        state = follow(submitted.folder, submitted.spec, lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print(f"\n{run_id} goes on; see `cfe-hpc status {run_id}`, end it with `cfe-hpc cancel`", file=sys.stderr)
+        return 130
+    print(f"{run_id}: {state}", file=sys.stderr)
+    return 0 if state == "COMPLETED" else 1

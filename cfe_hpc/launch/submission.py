@@ -1,0 +1,93 @@
+"""From a planned job to a run: the frozen run.toml, the run folder, and the job in the queue."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfe_hpc.config.load import Loaded
+from cfe_hpc.config.run import Plan, RunSpec
+from cfe_hpc.config.site import expand_runs_root
+from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.launch.backend import backend_for
+from cfe_hpc.launch.provenance import WorkTree, provenance
+from cfe_hpc.runfolder import RunFolder, new_run_id, safe_name
+
+__all__ = ["Submitted", "preview", "submit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A run that the scheduler has taken."""
+
+    folder: RunFolder
+    job_id: str
+    spec: RunSpec
+
+
+def preview(loaded: Loaded, planned: Plan, work_tree: WorkTree) -> tuple[RunSpec, RunFolder, str]:
+    """What `submit` would do now: run.toml, the folder (which is not made) and the script. Writes nothing."""
+    run_id = new_run_id(loaded.job.name)
+    folder = RunFolder(_runs_root(loaded) / safe_name(loaded.job.name) / run_id)
+    spec = _freeze(loaded, planned, work_tree, run_id)
+    return spec, folder, backend_for(loaded.site.scheduler).preview(spec, folder)
+
+
+def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: RunFolder | None = None) -> Submitted:
+    """Make the run folder, freeze the run in it and send it.
+
+    Raises:
+        ConfigError: the runs root cannot be written.
+        SchedulerError: it was refused; nothing is left behind.
+    """
+    runs_root = _runs_root(loaded)
+    made = [path for path in (runs_root / safe_name(loaded.job.name), runs_root) if not path.exists()]
+    try:
+        folder = RunFolder.create(runs_root, loaded.job.name)
+    except OSError as error:
+        raise ConfigError([_unwritable(loaded, runs_root, error)]) from error
+    try:
+        spec = _freeze(loaded, planned, work_tree, folder.run_id)
+        spec.write(folder.run_toml)
+        job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
+    except BaseException:
+        _discard(folder, made)
+        raise
+    folder.append_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
+    return Submitted(folder=folder, job_id=job_id, spec=spec)
+
+
+def _freeze(loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str) -> RunSpec:
+    return RunSpec(
+        run_id=run_id,
+        job=loaded.job,
+        site=loaded.site,
+        plan=planned,
+        provenance=provenance(loaded, work_tree),
+        origins=dict(loaded.origins),
+    )
+
+
+def _runs_root(loaded: Loaded) -> Path:
+    return Path(os.path.abspath(expand_runs_root(loaded.site, os.environ)))
+
+
+def _unwritable(loaded: Loaded, runs_root: Path, error: OSError) -> Problem:
+    return Problem(
+        file=loaded.site_file,
+        key="storage.runs_root",
+        what=f"cannot be written: {error.strerror}",
+        value=str(runs_root),
+        remedy="name a folder of yours that every node sees: --set site.storage.runs_root=FOLDER",
+    )
+
+
+def _discard(folder: RunFolder, made: list[Path]) -> None:
+    """Remove the folder of a run that never came to be, and the folders above that were made for it."""
+    shutil.rmtree(folder.path, ignore_errors=True)
+    for path in made:
+        with contextlib.suppress(OSError):  # another run has moved in meanwhile
+            path.rmdir()
