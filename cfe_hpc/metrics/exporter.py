@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from importlib.util import find_spec
 from typing import Protocol
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 
-__all__ = ["Exporter", "NullExporter", "build"]
+__all__ = ["Exporter", "NullExporter", "build", "withdraw"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,3 +91,19 @@ def build(spec: RunSpec, *, run_id: str, attempt: int, rank: int) -> Exporter:
     except (CfeError, OSError) as error:
         logger.warning("no metrics from here: %s", error)
     return exporters[0] if len(exporters) == 1 else _Several(exporters)
+
+
+def withdraw(spec: RunSpec, *, run_id: str, timeout_s: float) -> None:
+    """Take back what a run left on its Pushgateway, for ranks that were killed before they could. Never raises.
+
+    For whoever outlives the ranks: the supervisor, the batch script, `cancel`.
+    """
+    url = spec.job.metrics.pushgateway
+    if not url or find_spec("prometheus_client") is None:
+        return
+    from cfe_hpc.metrics.pushgateway import delete_group
+
+    try:
+        delete_group(url, run_id, timeout_s=timeout_s)
+    except (CfeError, OSError, HTTPException) as error:
+        logger.warning("the Pushgateway may still hold the group of %s: %s", run_id, error)

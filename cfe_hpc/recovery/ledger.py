@@ -67,22 +67,17 @@ def summarise(folder: RunFolder) -> Summary:
     events = list(folder.events())
     attempts = read_attempts(events)
     beats = _gather(folder.heartbeats())
-    position, lost, useful_s, allocated_s = 0, 0, 0.0, 0.0
-    spans = [_span(attempt, beats.get(attempt.number)) for attempt in attempts]
-    trained = [index for index, span in enumerate(spans) if span is not None]
-    for here, following in zip(trained, [*trained[1:], None], strict=True):
-        start, end = spans[here] or (0, 0)
-        position = end
-        kept = end if following is None else min(end, (spans[following] or (0, 0))[0])
+    trained = [(a.number, span) for a in attempts if (span := _span(a, beats.get(a.number))) is not None]
+    lost, useful_s = 0, 0.0
+    for index, (number, (start, end)) in enumerate(trained):
+        kept = min(end, trained[index + 1][1][0]) if index + 1 < len(trained) else end
         lost += end - kept
-        mine = beats.get(attempts[here].number)
-        useful_s += mine.counted_seconds(start, kept) if mine else 0.0
-    for attempt in attempts:
-        allocated_s += _allocated_s(attempt, beats.get(attempt.number))
+        useful_s += beats[number].counted_seconds(start, kept) if number in beats else 0.0
+    allocated_s = sum(_allocated_s(attempt, beats.get(attempt.number)) for attempt in attempts)
     last_sign_s = max((_last_sign_s(a, beats.get(a.number)) for a in attempts), default=None)
     return Summary(
         attempts=len(attempts),
-        last_step=position,
+        last_step=trained[-1][1][1] if trained else 0,
         lost_steps=lost,
         goodput=round(min(1.0, useful_s / allocated_s), 4) if beats and allocated_s > 0 else None,
         allocated_seconds=round(allocated_s, 3),

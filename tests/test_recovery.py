@@ -1,0 +1,258 @@
+"""Budgets and books, from events and heartbeats as ranks write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfe_hpc.config.job import Recovery
+from cfe_hpc.recovery.attempts import read_attempts
+from cfe_hpc.recovery.budgets import FRUITLESS_LIMIT, decide
+from cfe_hpc.recovery.ledger import Summary, summarise
+from cfe_hpc.runfolder import RunFolder
+
+Events = list[dict[str, Any]]
+
+
+def stamp(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"2026-01-31T10:{int(minutes):02d}:{rest:06.3f}Z"
+
+
+def attempt(
+    number: int, *, resumed: int | None, saved: int | None, reason: str | None, error: str | None = None
+) -> Events:
+    """One attempt's events: steps it resumed from and saved, why it was requeued (None: it was not)."""
+    events: Events = [{"event": "started", "attempt": number, "detail": {"job_id": "7", "total_steps": 100}}]
+    if resumed is not None:
+        events.append({"event": "resumed", "attempt": number, "step": resumed})
+    if saved is not None:
+        events.append({"event": "checkpoint_saved", "attempt": number, "step": saved})
+    if error is not None:
+        events.append({"event": "failed", "attempt": number, "reason": error, "rank": 1, "host": "n1"})
+    if reason is not None:
+        events.append({"event": "requeued", "attempt": number, "reason": reason})
+    return events
+
+
+def advancing(count: int, reason: str, start: int = 0) -> Events:
+    return [
+        event
+        for index in range(start, start + count)
+        for event in attempt(index, resumed=10 * index or None, saved=10 * (index + 1), reason=reason)
+    ]
+
+
+@pytest.mark.parametrize("cause", ["preempted", "time_limit"])
+def test_stops_are_free_while_steps_advance(cause: Any) -> None:
+    events = advancing(500, cause) + attempt(500, resumed=5000, saved=5001, reason=None)
+    decision = decide(Recovery(), events, cause=cause)
+    assert decision.action == "requeue"
+    assert "number 501, without limit while steps advance" in decision.why
+
+
+@pytest.mark.parametrize(
+    ("cause", "key"), [("preempted", "preemptions"), ("time_limit", "timeouts"), ("node_failure", "node_failures")]
+)
+def test_a_spent_budget_holds_the_run(cause: Any, key: str) -> None:
+    recovery = Recovery.model_validate({key: 2})
+    for earlier, action in ((0, "requeue"), (1, "requeue"), (2, "hold")):
+        events = advancing(earlier, cause) + attempt(earlier, resumed=10 * earlier, saved=10_000, reason=None)
+        decision = decide(recovery, events, cause=cause)
+        assert decision.action == action, earlier
+    assert decision.why.endswith(f"number 3; the job allows 2 (recovery.{key})")
+
+
+def test_budgets_are_separate() -> None:
+    recovery = Recovery(preemptions=1, timeouts=1, failures=1)
+    events = advancing(1, "preempted") + attempt(1, resumed=10, saved=20, reason="time_limit")
+    events += attempt(2, resumed=20, saved=30, reason=None, error="RuntimeError: a")
+    assert decide(recovery, events, cause="failed").action == "requeue"
+    assert decide(recovery, events, cause="preempted").action == "hold"
+    assert decide(recovery, events, cause="time_limit").action == "hold"
+
+
+def test_three_attempts_without_a_step_hold_and_two_do_not() -> None:
+    stuck = advancing(2, "preempted")
+    for number in (2, 3):
+        stuck += attempt(number, resumed=20, saved=20, reason="preempted")
+    two = [*stuck[:-1]]
+    assert decide(Recovery(), two, cause="preempted").action == "requeue"
+    three = stuck + attempt(4, resumed=20, saved=20, reason=None)
+    decision = decide(Recovery(), three, cause="time_limit")
+    assert decision.action == "hold"
+    assert decision.why == "3 attempts in a row ended without a step gained, at step 20 (the last one by time limit)"
+    assert FRUITLESS_LIMIT == 3
+
+
+def test_start_ups_that_never_came_to_a_step_count_as_fruitless() -> None:
+    events = attempt(0, resumed=None, saved=None, reason="preempted")
+    events += attempt(1, resumed=None, saved=None, reason="preempted")
+    events += attempt(2, resumed=None, saved=None, reason=None)
+    assert decide(Recovery(), events, cause="preempted").action == "hold"
+
+
+def test_a_step_gained_in_between_starts_the_count_anew() -> None:
+    events = attempt(0, resumed=None, saved=None, reason="preempted")
+    events += attempt(1, resumed=None, saved=None, reason="preempted")
+    events += attempt(2, resumed=None, saved=3, reason="preempted")
+    events += attempt(3, resumed=3, saved=3, reason="preempted")
+    events += attempt(4, resumed=3, saved=3, reason=None)
+    assert decide(Recovery(), events, cause="preempted").action == "requeue"
+
+
+def test_attempts_that_their_user_sent_back_do_not_count() -> None:
+    events: Events = []
+    for number in range(6):
+        events += attempt(number, resumed=None, saved=None, reason="requeue_requested")
+    events += attempt(6, resumed=None, saved=None, reason=None)
+    assert decide(Recovery(preemptions=0), events, cause="requeue_requested").action == "requeue"
+    assert decide(Recovery(), events, cause="preempted").action == "requeue"
+
+
+def test_a_command_that_says_nothing_of_steps_is_not_held_for_want_of_them() -> None:
+    events: Events = []
+    for number in range(9):
+        events += [{"event": "started", "attempt": number, "detail": {"job_id": "7"}}]
+        events += [{"event": "requeued", "attempt": number, "reason": "preempted"}]
+    events += [{"event": "started", "attempt": 9, "detail": {"job_id": "7"}}]
+    assert decide(Recovery(), events, cause="preempted").action == "requeue"
+
+
+def test_failures_end_the_run_when_their_budget_is_spent() -> None:
+    first = attempt(0, resumed=None, saved=5, reason=None, error="ValueError: bad batch")
+    decision = decide(Recovery(), first, cause="failed")
+    assert decision.action == "fail"
+    assert decision.why == "failure number 1; the job allows 0 (recovery.failures): ValueError: bad batch"
+    assert decide(Recovery(failures=1), first, cause="failed").action == "requeue"
+
+
+def test_the_same_first_error_twice_holds_within_the_budget() -> None:
+    events = attempt(0, resumed=None, saved=5, reason="failed", error="RuntimeError: at 0x7f00aa")
+    events += attempt(1, resumed=5, saved=9, reason=None, error="RuntimeError: at 0x7fbb11")
+    decision = decide(Recovery(failures=5), events, cause="failed")
+    assert decision.action == "hold"
+    assert decision.why == "the same first error twice: RuntimeError: at 0x7fbb11"
+    events[-1]["reason"] = "OSError: disk full"
+    assert decide(Recovery(failures=5), events, cause="failed").action == "requeue"
+
+
+def test_the_first_of_several_ranks_errors_is_the_one_compared() -> None:
+    events = attempt(0, resumed=None, saved=5, reason=None, error="ValueError: the cause")
+    events += [{"event": "failed", "attempt": 0, "reason": "RuntimeError: connection closed by peer"}]
+    events += [{"event": "requeued", "attempt": 0, "reason": "failed"}]
+    events += attempt(1, resumed=5, saved=9, reason=None, error="KeyError: another cause")
+    events += [{"event": "failed", "attempt": 1, "reason": "RuntimeError: connection closed by peer"}]
+    assert decide(Recovery(failures=5), events, cause="failed").action == "requeue"
+
+
+def test_leaving_a_hold_gives_fresh_budgets() -> None:
+    events = [*advancing(3, "preempted"), {"event": "held", "attempt": 3, "reason": "spent"}]
+    events += attempt(4, resumed=30, saved=40, reason=None)
+    assert decide(Recovery(preemptions=1), events, cause="preempted").action == "requeue"
+
+
+def test_cancelled_is_never_requeued() -> None:
+    assert decide(Recovery(), advancing(1, "preempted"), cause="cancelled").action == "fail"
+
+
+def test_attempts_that_end_without_a_word() -> None:
+    events = attempt(0, resumed=None, saved=5, reason=None) + attempt(1, resumed=5, saved=6, reason=None)
+    events += [{"event": "signal", "attempt": 1, "reason": "SIGTERM", "step": 6}]
+    events += attempt(2, resumed=6, saved=7, reason=None)
+    assert [one.ended_by for one in read_attempts(events)] == ["node_failure", "preempted", None]
+    assert decide(Recovery(node_failures=1), events, cause="node_failure").action == "hold"
+
+
+WORDS = st.sampled_from(["started", "failed", "requeued", "held", "x"])
+KEYS = st.sampled_from(["event", "attempt", "step", "time", "detail", "reason"])
+
+
+@given(st.lists(st.dictionaries(KEYS, st.none() | st.integers(-3, 9) | WORDS)))
+def test_no_event_whatever_breaks_the_reader(events: Events) -> None:
+    assert decide(Recovery(), events, cause="preempted").action in ("requeue", "hold")
+
+
+def write_run(path: Path, events: Events, beats: Events) -> RunFolder:
+    folder = RunFolder(path)
+    folder.events_path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    folder.heartbeat_path.write_text("".join(json.dumps(beat) + "\n" for beat in beats))
+    return folder
+
+
+def beat(number: int, step: int, at: float, seconds: float = 1.0) -> dict[str, Any]:
+    return {"time": stamp(at), "attempt": number, "step": step, "step_seconds": seconds}
+
+
+def test_books_of_a_run_that_lost_steps(tmp_path: Path) -> None:
+    """Attempt 0 does 10 steps and dies, saved at 6; attempt 1 does 7 to 12 and completes: 4 lost, 12 s of 30 count."""
+    events = [
+        {"event": "submitted", "time": stamp(0)},
+        {"event": "started", "attempt": 0, "time": stamp(20), "detail": {"job_id": "41", "total_steps": 12}},
+        {"event": "checkpoint_saved", "attempt": 0, "step": 6, "time": stamp(27)},
+        {"event": "started", "attempt": 1, "time": stamp(50), "detail": {"job_id": "42", "total_steps": 12}},
+        {"event": "resumed", "attempt": 1, "step": 6, "time": stamp(52)},
+        {"event": "completed", "attempt": 1, "step": 12, "time": stamp(70)},
+    ]
+    beats = [beat(0, step, 20 + step) for step in range(1, 11)]
+    beats += [beat(1, step, 46 + step) for step in range(7, 13)]
+    assert summarise(write_run(tmp_path, events, beats)) == Summary(
+        attempts=2,
+        last_step=12,
+        lost_steps=4,
+        goodput=0.4,
+        allocated_seconds=30.0,
+        wall_seconds=70.0,
+        total_steps=12,
+        job_id="42",
+        last_sign_s=pytest.approx(1769853670.0),
+    )
+
+
+def test_steps_since_the_last_logged_one_are_counted_with_it(tmp_path: Path) -> None:
+    events = [
+        {"event": "started", "attempt": 0, "time": stamp(0), "detail": {"total_steps": 20}},
+        {"event": "completed", "attempt": 0, "step": 20, "time": stamp(50)},
+    ]
+    summary = summarise(write_run(tmp_path, events, [beat(0, 10, 20, 2.0), beat(0, 20, 40, 2.0)]))
+    assert summary.goodput == 0.8
+
+
+def test_attempts_that_never_trained_lose_nothing_and_cost_their_time(tmp_path: Path) -> None:
+    events = [
+        {"event": "started", "attempt": 0, "time": stamp(0)},
+        {"event": "checkpoint_saved", "attempt": 0, "step": 5, "time": stamp(5)},
+        {"event": "requeued", "attempt": 0, "step": 5, "reason": "preempted", "time": stamp(5)},
+        {"event": "started", "attempt": 1, "time": stamp(10)},
+        {"event": "signal", "attempt": 1, "step": 0, "time": stamp(15)},
+        {"event": "requeued", "attempt": 1, "step": 0, "reason": "preempted", "time": stamp(15)},
+        {"event": "started", "attempt": 2, "time": stamp(20)},
+        {"event": "resumed", "attempt": 2, "step": 5, "time": stamp(20)},
+    ]
+    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(2, step, 15 + step) for step in range(6, 11)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.lost_steps, summary.goodput, summary.last_step, summary.attempts) == (0, round(10 / 15, 4), 10, 3)
+
+
+def test_a_run_that_starts_over_loses_all_it_had(tmp_path: Path) -> None:
+    events = [{"event": "started", "attempt": number, "time": stamp(10 * number)} for number in (0, 1)]
+    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(1, step, 10 + step) for step in range(1, 3)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.lost_steps, summary.last_step) == (5, 2)
+
+
+def test_an_empty_folder_has_empty_books(tmp_path: Path) -> None:
+    summary = summarise(RunFolder(tmp_path))
+    assert (summary.attempts, summary.lost_steps, summary.goodput, summary.wall_seconds) == (0, 0, None, 0.0)
+
+
+def test_torn_lines_cost_only_themselves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, attempt(0, resumed=None, saved=2, reason=None), [beat(0, 1, 1), beat(0, 2, 2)])
+    with open(folder.heartbeat_path, "a") as stream:
+        stream.write('{"time":"2026-01-31T10:00:03Z","attempt":0,"st')
+    assert summarise(folder).last_step == 2
