@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from cfe_hpc.checkpoints.reader import read_manifest
 from cfe_hpc.config.job import Checkpoint
 from cfe_hpc.errors import CorruptCheckpoint
 
-__all__ = ["Kept", "inventory", "rotate", "superfluous"]
+__all__ = ["Kept", "glance", "inventory", "rotate", "superfluous"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,23 @@ class Kept:
         return self.manifest.identity.step
 
 
+def glance(folder: Path, run_id: str | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are all there in their sizes; their bytes are not read.
+
+    Raises:
+        CorruptCheckpoint: the manifest does not verify, or a file is missing or of another size.
+    """
+    manifest = read_manifest(folder, run_id)
+    for name, facts in manifest.files.items():
+        try:
+            size_bytes = (folder / name).stat().st_size
+        except OSError as error:
+            raise CorruptCheckpoint(f"{name} is missing: {error.strerror}") from error
+        if size_bytes != facts.size_bytes:
+            raise CorruptCheckpoint(f"{name} has {size_bytes} bytes instead of {facts.size_bytes}")
+    return manifest
+
+
 def inventory(root: Path) -> list[Kept]:
     """The checkpoints in `root` that are whole at first sight, the last committed one first.
 
@@ -36,12 +54,8 @@ def inventory(root: Path) -> list[Kept]:
     """
     found = []
     for _, path in folders.committed(root):
-        try:
-            manifest = read_manifest(path)
-            if all((path / name).stat().st_size == facts.size_bytes for name, facts in manifest.files.items()):
-                found.append(Kept(path=path, manifest=manifest))
-        except (CorruptCheckpoint, OSError):
-            continue
+        with contextlib.suppress(CorruptCheckpoint):
+            found.append(Kept(path=path, manifest=glance(path)))
     return sorted(found, key=lambda each: (each.manifest.identity.attempt, each.step), reverse=True)
 
 
