@@ -27,7 +27,8 @@ def follow(folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> str:
         say: gets a line for every event, and for the newest heartbeat every ten seconds.
 
     Returns:
-        The run's state: COMPLETED, FAILED, CANCELLED or HELD. FAILED also when its job is gone without a result.
+        The run's state: COMPLETED, FAILED, CANCELLED or HELD. When its job is gone without a result: CANCELLED if
+        that was asked for, else FAILED.
     """
     told, gone, asked_s, beat_s = 0, 0, time.monotonic(), time.monotonic()
     while True:
@@ -44,7 +45,7 @@ def follow(folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> str:
             gone = gone + 1 if _is_gone(folder, spec) else 0
         if gone >= _GONE_LOOKS and folder.result() is None:
             say("its job is gone, and left no result; see the run's logs")
-            return "FAILED"
+            return "FAILED" if folder.promised("cancel") is None else "CANCELLED"
         time.sleep(_LOOK_EVERY_S)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from cfe_hpc.config.job import Job
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Partition, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
@@ -85,8 +85,8 @@ def _partition_name(job: Job, site: Site, report: Report) -> str:
     if asked is not None:
         if asked in site.partitions:
             return asked
-        near = get_close_matches(asked, site.partitions, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(asked, site.partitions)
+        hint = f"did you mean {near}? " if near else ""
         remedy = f"{hint}{site.name} has: {', '.join(site.partitions)}"
         raise ConfigError([report("job.resources.partition", f"no such partition at {site.name}", remedy, asked)])
     candidates = [site.default_partition, *site.partitions]
@@ -127,7 +127,7 @@ def _time_problems(
         what = f"longer than the {format_duration(partition.time_limit)} of partition {name}"
         yield report("job.resources.time", what, "ask for less: the run goes on in further attempts", shown)
     if time_s <= lead_s:
-        what = f"over before the signal that comes {format_duration(lead_s)} ahead of its end (slurm.signal_lead)"
+        what = f"too short: slurm.signal_lead has the signal sent {format_duration(lead_s)} before its end"
         yield report("job.resources.time", what, f"ask for more than {format_duration(lead_s)}", shown)
 
 

@@ -26,7 +26,7 @@ from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Attempt", "main", "supervise"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cfe_hpc.launch.supervisor")  # __name__ is "__main__" when it runs
 
 StopReason = Literal["preempted", "time_limit", "cancelled", "requeue_requested", "failed"]
 

@@ -1,0 +1,129 @@
+"""Ending a run for good, and sending one back to the queue, whatever state it is in."""
+
+from __future__ import annotations
+
+import getpass
+from dataclasses import dataclass
+from typing import Literal
+
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import SchedulerError, UsageError
+from cfe_hpc.launch.backend import Backend, backend_for
+from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job
+from cfe_hpc.launch.states import JobState, RunState
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["Outcome", "cancel", "requeue"]
+
+_OVER: tuple[RunState, ...] = ("COMPLETED", "FAILED", "CANCELLED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was done.
+
+    Attributes:
+        action: "cancelled": it will end, or has; "ended": it had ended before; "signalled": the running attempt
+            saves and goes back to the queue; "resubmitted": a new job goes on with it; "released": a hold in the
+            queue was lifted; "waiting": it waits in the queue already.
+        job_id: of the job it was done to, or of the new one.
+        text: a sentence for people.
+    """
+
+    action: Literal["cancelled", "ended", "signalled", "resubmitted", "released", "waiting"]
+    job_id: str | None
+    text: str
+
+
+def cancel(folder: RunFolder) -> Outcome:
+    """End a run for good. Doing it again does no harm.
+
+    The promise comes first: whoever sees the job end after it, rank, supervisor or batch script, knows that no
+    further attempt may follow.
+
+    Raises:
+        SchedulerError: the scheduler cannot be reached; the promise stands, and giving the command again finishes it.
+    """
+    spec = RunSpec.read(folder.run_toml)
+    result = folder.result()
+    if result is not None and result.get("state") != "HELD":
+        return Outcome(action="ended", job_id=_job_id(folder), text=f"{folder.run_id}: ended before: {result['state']}")
+    folder.promise("cancel", user=getpass.getuser())
+    backend = backend_for(spec.site.scheduler)
+    jobs = all_jobs(folder)
+    # A successor may wait while its predecessor still ends: all jobs of the run are meant.
+    known = backend.states(jobs)
+    live = [job for job in jobs if str(job["job_id"]) in known and known[str(job["job_id"])].state not in _OVER]
+    for job in live:
+        backend.cancel(job)
+    if not any(known[str(job["job_id"])].state == "RUNNING" for job in live):
+        _write_cancelled(folder)  # no rank is there to write it
+    return Outcome(action="cancelled", job_id=_job_id(folder), text=f"{folder.run_id}: cancelled, never to be requeued")
+
+
+def _write_cancelled(folder: RunFolder) -> None:
+    attempt = latest_attempt(folder)
+    folder.append_event("cancelled", attempt=attempt, reason="cancelled while no attempt was running")
+    attempts = 0 if attempt is None else attempt + 1
+    folder.write_result({"state": "CANCELLED", "reason": "cancelled by the user", "attempts": attempts})
+
+
+def requeue(folder: RunFolder) -> Outcome:
+    """Let a running attempt save and go back to the queue; send a failed or held run to the queue again.
+
+    Raises:
+        UsageError: the run has completed or was cancelled.
+        SchedulerError: the scheduler refused or cannot be reached.
+    """
+    spec = RunSpec.read(folder.run_toml)
+    state = (folder.result() or {}).get("state")
+    if state == "COMPLETED":
+        raise UsageError(f"{folder.run_id}: has completed; nothing is left to do: submit the job again for another run")
+    if state == "CANCELLED" or folder.promised("cancel") is not None:
+        raise UsageError(f"{folder.run_id}: was cancelled, and a cancelled run is never requeued; submit the job again")
+    backend = backend_for(spec.site.scheduler)
+    job = latest_job(folder)
+    known = None if job is None else backend.states([job]).get(str(job["job_id"]))
+    if job is None or known is None or known.state in _OVER:
+        return _resubmit(folder, spec, backend)
+    return _nudge(folder, spec, backend, job, known)
+
+
+def _nudge(folder: RunFolder, spec: RunSpec, backend: Backend, job: dict[str, object], known: JobState) -> Outcome:
+    """Do to a job that the scheduler knows what brings it back to the queue."""
+    job_id, run_id = known.job_id, folder.run_id
+    if known.state == "HELD":
+        folder.reopen()
+        backend.release(job)
+        return Outcome(action="released", job_id=job_id, text=f"{run_id}: job {job_id} released from its hold")
+    if known.state == "PENDING":
+        return Outcome(action="waiting", job_id=job_id, text=f"{run_id}: job {job_id} waits already ({known.reason})")
+    attempt = latest_attempt(folder)
+    if attempt is None:
+        raise UsageError(f"{run_id}: its ranks are only just starting, with nothing to save; try again in a moment")
+    folder.promise(f"requeue-{attempt}", user=getpass.getuser())
+    backend.request_save(job, spec)
+    text = f"{run_id}: attempt {attempt} saves and goes back to the queue"
+    return Outcome(action="signalled", job_id=job_id, text=text)
+
+
+def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
+    attempt = latest_attempt(folder)
+    next_attempt = 0 if attempt is None else attempt + 1
+    result, held = folder.result(), folder.promised("held")
+    folder.reopen()
+    try:
+        job_id = backend.resubmit(spec, folder, next_attempt=next_attempt)
+    except SchedulerError:
+        if held is not None:
+            folder.promise("held", **held)
+        if result is not None:
+            folder.write_result(result)
+        raise
+    folder.append_event("requeued", attempt=attempt, reason="requeue_requested", detail=f"as job {job_id}")
+    return Outcome(action="resubmitted", job_id=job_id, text=f"{folder.run_id}: goes on as job {job_id}")
+
+
+def _job_id(folder: RunFolder) -> str | None:
+    job = latest_job(folder)
+    return None if job is None else str(job["job_id"])
