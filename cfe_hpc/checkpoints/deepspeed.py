@@ -184,14 +184,15 @@ class DeepSpeedState:
         group = self._inner.param_groups[flat.group]
         home = flat.master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         for key, value in saved["small"].items():
-            # Each flat tensor gets its own copy: torch's AdamW counts `step` up in place.
-            state[key] = value.clone().to(home) if isinstance(value, Tensor) else value
+            state[key] = _restored(value, home)
 
     def _load_counters(self, tree: dict[str, Any]) -> None:
         engine = self._engine
         for group, saved in zip(self._inner.param_groups, tree["groups"], strict=True):
             for key, value in saved.items():
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+                now = group.get(key)
+                home = now.device if isinstance(now, Tensor) else torch.device("cpu")
+                group[key] = tuple(value) if isinstance(now, tuple) else _restored(value, home)
         engine.global_steps, engine.global_samples = tree["global_steps"], tree["global_samples"]
         engine.skipped_steps = tree["skipped_steps"]
         scaler = getattr(self._optimizer, "loss_scale_config", getattr(self._optimizer, "loss_scaler", None))
@@ -251,10 +252,19 @@ def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]
 
 
 def _small(value: Any) -> Any:
-    """A value for the tree: tensors copied (they count on in place), tuples as lists."""
+    """A value for the tree: numbers kept as 0-d tensors by type and value, other tensors copied, tuples as lists."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return {"scalar": str(value.dtype).removeprefix("torch."), "value": value.item()}
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return list(value) if isinstance(value, tuple) else value
+
+
+def _restored(value: Any, home: torch.device) -> Any:
+    """What `_small` was given; a tensor of its own at every call: torch's AdamW counts `step` up in place."""
+    if isinstance(value, dict) and "scalar" in value:
+        return torch.tensor(value["value"], dtype=getattr(torch, value["scalar"]), device=home)
+    return value.clone().to(home) if isinstance(value, Tensor) else value
 
 
 def _piece(name: str, data: Tensor, shape: tuple[int, ...], start: int) -> Piece:

@@ -7,8 +7,10 @@ ZeRO 1 on). Gradients are accumulated in bf16 unless the job says
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -74,10 +76,8 @@ class DeepSpeedEngine:
     def __init__(
         self, spec: EngineSpec, params: Params, model: Transformer, *, accumulate: int, world_size: int
     ) -> None:
-        import deepspeed
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of DeepSpeed's own code; nothing a user could act on
+        deepspeed = _import_quietly()
+        with redirect_stdout(io.StringIO()):  # memory figures of each parameter group
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=make_adamw(model, params),
@@ -113,6 +113,18 @@ class DeepSpeedEngine:
 
     def tracked(self) -> dict[str, Any]:
         return {"engine": DeepSpeedState(self._engine)}
+
+
+def _import_quietly() -> Any:
+    """The deepspeed package, with what it would say or build to no use turned off."""
+    # DeepSpeed calls torch's collectives by names that newer torch deprecates, at every step.
+    message = r"`?torch\.distributed\.\w+`? is deprecated"
+    warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    import deepspeed
+
+    # Compiled with the machine's C++ compiler in the first run, half a minute, and used by inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _holds(table: Mapping[str, Any], path: list[str]) -> bool:

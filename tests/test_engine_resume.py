@@ -1,0 +1,121 @@
+"""An engine stopped and resumed in fresh processes ends with the bits of one that was not: every ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from train_ranks import digest, load_sharded, on_ranks, save_sharded
+
+from cfe_hpc.config.job import Engine as EngineSpec
+
+STEPS, STOP_AT = 7, 3
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
+SPECS = {
+    f"zero{stage}-{precision}": EngineSpec(zero_stage=stage, precision=precision)
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+} | {
+    "zero1-bf16-fp32-gradients": EngineSpec(zero_stage=1, precision="bf16", deepspeed=FP32_ACCUMULATION),
+    "zero2-bf16-fp32-gradients": EngineSpec(zero_stage=2, precision="bf16", deepspeed=FP32_ACCUMULATION),
+    "zero3-fp32-sub-groups": EngineSpec(
+        zero_stage=3, deepspeed={"zero_optimization": {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}}
+    ),
+}
+
+
+def make(spec: EngineSpec, *, seed: int, world_size: int) -> Any:
+    import torch
+
+    from cfe_hpc.train.config import Params
+    from cfe_hpc.train.engine import make_engine
+    from cfe_hpc.train.model import Transformer
+
+    # An odd width and 24 windows: partitions end inside parameters, and need padding.
+    params = Params(d_model=18, layers=2, heads=3, seq_len=16, global_batch=24, micro_batch=3, lr=1e-2, steps=STEPS)
+    torch.manual_seed(seed)
+    model = Transformer(params)
+    accumulate = params.global_batch // params.micro_batch // world_size
+    device = torch.device("cpu")
+    return params, make_engine(spec, params, model, device=device, accumulate=accumulate, world_size=world_size)
+
+
+def train(params: Any, engine: Any, first: int, last: int, *, rank: int, world_size: int) -> list[float]:
+    """Steps [first, last) on data that depend on the step alone; the norms of their gradients."""
+    import torch
+
+    from cfe_hpc.train.optim import rate_at
+
+    norms = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(1000 + step)
+        windows = torch.randint(0, 256, (params.global_batch, params.seq_len + 1), generator=generator)
+        micros = windows.chunk(world_size)[rank].split(params.micro_batch)
+        for index, micro in enumerate(micros):
+            engine.forward_backward(micro[:, :-1], micro[:, 1:], is_last=index == len(micros) - 1)
+        norms.append(float(engine.step(rate_at(step, params))))
+    return norms
+
+
+def undisturbed(rank: int, names: list[str], root: str, world_size: int) -> dict[str, Any]:
+    """Train each engine to the end, saving on the way."""
+    results = {}
+    for name in names:
+        params, engine = make(SPECS[name], seed=1, world_size=world_size)
+        state = engine.tracked()["engine"]
+        norms = train(params, engine, 0, STOP_AT, rank=rank, world_size=world_size)
+        save_sharded(Path(root, name), state, step=STOP_AT)
+        norms += train(params, engine, STOP_AT, STEPS, rank=rank, world_size=world_size)
+        weights = {parameter: tensor.clone() for parameter, tensor in state.consolidated()}
+        results[name] = {"digest": digest(weights.items()), "norms": norms, "order": list(weights)}
+    return results
+
+
+def resumed(rank: int, names: list[str], root: str, world_size: int) -> dict[str, Any]:
+    """Other initial weights, the checkpoint, and the rest of the steps."""
+    results = {}
+    for name in names:
+        params, engine = make(SPECS[name], seed=2, world_size=world_size)
+        state = engine.tracked()["engine"]
+        before = digest(state.consolidated())
+        first = load_sharded(Path(root, name), state)
+        norms = train(params, engine, first, STEPS, rank=rank, world_size=world_size)
+        weights = {parameter: tensor.clone() for parameter, tensor in state.consolidated()}
+        results[name] = {"digest": digest(weights.items()), "norms": norms, "before": before}
+        results[name]["weights"] = {parameter: tensor.numpy() for parameter, tensor in weights.items()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return root, on_ranks(2, undisturbed, list(SPECS), str(root), 2)
+
+
+@pytest.fixture(scope="module")
+def again(saved: tuple[Path, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return on_ranks(2, resumed, list(SPECS), str(saved[0]), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_resume_at_the_same_world_size_is_bit_exact(name: str, saved: Any, again: Any) -> None:
+    for rank in (0, 1):
+        reference, result = saved[1][rank][name], again[rank][name]
+        assert result["norms"] == reference["norms"][STOP_AT:]
+        assert result["digest"] == reference["digest"] != result["before"]
+        assert reference["order"] == sorted(reference["order"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_resume_at_another_world_size_goes_on_from_the_same_state(world_size: int, saved: Any, again: Any) -> None:
+    names = [name for name in SPECS if "fp32" in name and "bf16" not in name]
+    for rank, results in enumerate(on_ranks(world_size, resumed, names, str(saved[0]), world_size)):
+        for name in names:
+            reference = saved[1][0][name]["norms"][STOP_AT:]
+            assert results[name]["norms"] == pytest.approx(reference, rel=1e-4), (rank, name)
+            for parameter, expected in again[0][name]["weights"].items():
+                numpy.testing.assert_allclose(results[name]["weights"][parameter], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Real ranks for tests of training: fresh processes in one gloo group, and checkpoints through the real store."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cfe_hpc.checkpoints.store import Content, newest, save
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+    """`function(rank, *args)` in a fresh process for each rank; what each returned, by rank."""
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, answers, function, args))
+        for rank in range(world_size)
+    ]
+    results: dict[int, Any] = {}
+    try:
+        for process in processes:
+            process.start()
+        while len(results) < world_size:
+            rank, good, value = answers.get(timeout=timeout_s)
+            assert good, f"rank {rank}:\n{value}"
+            results[rank] = value
+    except queue.Empty:
+        raise AssertionError(f"ranks {sorted(set(range(world_size)) - set(results))} gave no answer") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank_main(rank: int, world_size: int, port: int, answers: Any, function: Any, args: Sequence[Any]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo")
+        answers.put((rank, True, function(rank, *args)))
+        torch.distributed.barrier()
+    except BaseException:
+        answers.put((rank, False, traceback.format_exc()))
+
+
+class GlooGroup:
+    """`checkpoints.protocols.Group` over the default process group."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def all_max(self, values: Sequence[int]) -> list[int]:
+        return [max(column) for column in zip(*self._gather(list(values)), strict=True)]
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return self._gather(data)
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        return self._gather(data)[source]
+
+    def barrier(self) -> None:
+        self._gather(None)
+
+    def _gather(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+def save_sharded(root: Path, sharded: Any, *, step: int) -> None:
+    """One checkpoint with one Sharded object in it."""
+    pieces, tree = sharded.checkpoint_state()
+    content = Content(pieces=list(pieces), state=tree, layout=sharded.checkpoint_layout())
+    save(root, content, step=step, attempt=0, run_id="test", group=GlooGroup())
+
+
+def load_sharded(root: Path, sharded: Any) -> int:
+    """Take the newest checkpoint back; its step."""
+    group = GlooGroup()
+    opened = newest(root, run_id="test", attempt=1, group=group)
+    assert opened is not None
+    saved_ranks = opened.manifest.identity.world_size
+    tree = opened.state(group.rank if group.size == saved_ranks else 0)
+    sharded.load_checkpoint_state(opened.reader, tree)
+    return opened.step
+
+
+def digest(named_tensors: Any) -> str:
+    """SHA-256 over names and bytes of (name, tensor) in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in named_tensors:
+        total.update(name.encode())
+        total.update(tensor.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
