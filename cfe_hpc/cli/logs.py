@@ -1,0 +1,94 @@
+"""`logs RUN`: the ranks' logs, one or all merged, followed across requeues, or the first error alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from cfe_hpc.cli import common
+from cfe_hpc.errors import UsageError
+
+if TYPE_CHECKING:
+    from cfe_hpc.reports.rank_logs import Follower
+    from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["configure", "run"]
+
+_POLL_S = 0.5
+_ERROR_LINES = 40
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.description = (
+        "The logs of a run. Lines of several ranks or attempts are marked [attempt.rank], those of standard error "
+        "[attempt.rank!]."
+    )
+    common.add_run_argument(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on with what comes, also after a requeue, until the run ends"
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="this rank's only")
+    parser.add_argument("--attempt", type=int, metavar="N", help="this attempt's only, from 0")
+    parser.add_argument(
+        "--first-error", action="store_true", help="which rank on which host failed first, and the end of its log"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print them."""
+    from cfe_hpc.reports.rank_logs import Follower, rank_logs
+
+    folder = common.find_run(args)
+    if args.first_error:
+        return _first_error(folder, args)
+    follower = Follower(folder, rank=args.rank, attempt=args.attempt)
+    if not args.follow and not rank_logs(folder, rank=args.rank, attempt=args.attempt):
+        raise UsageError(f"{folder.run_id}: {_nothing(folder, args)}")
+    marked = args.follow or len({(log.attempt, log.rank) for log in rank_logs(folder)}) > 1
+    marked = marked and not (args.rank is not None and args.attempt is not None)
+    while args.follow and folder.result() is None:
+        _print_news(follower, marked=marked, whole=False)
+        time.sleep(_POLL_S)
+    _print_news(follower, marked=marked, whole=True)
+    return 0
+
+
+def _print_news(follower: Follower, *, marked: bool, whole: bool) -> None:
+    for log, line in follower.news(whole=whole):
+        sys.stdout.write(f"[{log.label}] {line}\n" if marked else f"{line}\n")
+    sys.stdout.flush()
+
+
+def _nothing(folder: RunFolder, args: argparse.Namespace) -> str:
+    """Why there is nothing to show, and where to look instead."""
+    from cfe_hpc.reports.rank_logs import rank_logs
+
+    there = rank_logs(folder)
+    if there:
+        attempts = sorted({log.attempt for log in there})
+        ranks = max(log.rank for log in there) + 1
+        return f"no such log; there are ranks 0 to {ranks - 1} of attempts {', '.join(map(str, attempts))}"
+    others = sorted(path for path in folder.logs.glob("*") if path.stat().st_size)
+    hint = f"look into {others[0]}" if others else "see `cfe-hpc status` for whether it has started"
+    return f"no rank has written a log yet; {hint}"
+
+
+def _first_error(folder: RunFolder, args: argparse.Namespace) -> int:
+    from cfe_hpc.reports.rank_logs import first_failure, last_lines, rank_logs
+
+    failure = first_failure(folder, attempt=args.attempt)
+    if failure is None:
+        print(f"{folder.run_id}: no attempt has reported an error")
+        return 0
+    attempt, rank = failure["attempt"], failure.get("rank")
+    who = f"attempt {attempt}, " + ("no rank in particular" if rank is None else f"rank {rank}")
+    host = f" on {failure['host']}" if "host" in failure else ""
+    print(f"{who}{host}, {failure.get('time', 'at an unknown time')}: {failure.get('reason', 'no reason given')}")
+    for log in rank_logs(folder, rank=rank, attempt=attempt):
+        if log.stream == "err":
+            for line in last_lines(log.path, _ERROR_LINES):
+                print(f"[{log.label}] {line}")
+    return 0
