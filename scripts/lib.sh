@@ -25,22 +25,20 @@ missing_packages() {
 # install_packages NAME...: install Debian packages without starting any of their services. Root only.
 install_packages() (
   policy=/usr/sbin/policy-rc.d
-  saved=
+  saved=$policy.before-cfe-hpc
   restore() {
     rm -f "$policy"
-    if [ -n "$saved" ]; then mv "$saved" "$policy"; fi
+    if [ -e "$saved" ]; then mv "$saved" "$policy"; fi
   }
-  if [ -e "$policy" ] || [ -L "$policy" ]; then
-    saved="$policy.before-cfe-hpc"
-    mv "$policy" "$saved"
-  fi
+  # What an earlier call that was killed has put aside is the machine's own, and stays so.
+  if [ -e "$policy" ] && [ ! -e "$saved" ]; then mv "$policy" "$saved"; fi
   trap restore EXIT
   trap 'exit 130' INT TERM
   printf '#!/bin/sh\nexit 101\n' >"$policy"
   chmod 755 "$policy"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -q </dev/null >&2 || exit 1
-  apt-get install -q -y --no-install-recommends "$@" </dev/null >&2
+  apt-get install -q -y -o DPkg::Lock::Timeout=300 --no-install-recommends "$@" </dev/null >&2
 )
 
 # ensure_packages WHY NAME...: install what is missing; without root, or off Debian, say what will be missed.
@@ -71,8 +69,8 @@ ensure_packages() {
 find_python() {
   local python=${PYTHON:-python3}
   command -v "$python" >/dev/null || die "$python: not found; install Python 3.10 or later, or name one: PYTHON=..."
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    die "$python is $("$python" -V 2>&1); cfe_hpc needs Python 3.10 or later: name one with PYTHON=..."
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+    die "$python: not Python 3.10 or later; name one that is: PYTHON=..."
   printf '%s\n' "$python"
 }
 

@@ -13,7 +13,6 @@ import signal
 import socket
 import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,6 +26,7 @@ from minislurm.processes import Process, descendants, end, holders_of, spawn, wa
 __all__ = ["Cluster"]
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sinfo", "sacctmgr", "munged", "mariadbd", "mariadb-install-db")
+PORTS_LOCK = Path("/run/minislurm-ports.lock")
 PACKAGES = "slurm-wlm slurmdbd munge mariadb-server"
 
 # A unix socket's path ends at 107 characters, and slurmstepd's is <root>/spool/<node>/<node>_<job>.<step>.
@@ -179,10 +179,11 @@ class Cluster:
     def _start_mariadb(self, deadline: float) -> None:
         root = self.folder.root
         common = ["--no-defaults", "--user=root", f"--datadir={root}/db"]
-        self._ask(
-            ["mariadb-install-db", *common, "--skip-test-db", "--auth-root-authentication-method=socket"],
-            timeout_s=max(1.0, deadline - time.monotonic()),
-        )
+        install = ["mariadb-install-db", *common, "--skip-test-db", "--auth-root-authentication-method=socket"]
+        self._spawn("mariadb-install-db", install)
+        if not wait_until(lambda: not self.daemons["mariadb-install-db"].alive(), deadline=deadline):
+            raise self._not_ready("the database's folder is not made in time", "mariadb-install-db")
+        del self.daemons["mariadb-install-db"]
         self._spawn(
             "mariadb",
             [
@@ -263,12 +264,12 @@ class Cluster:
         return holders_of(self.folder.log(f"slurmd-{node}"), command="slurmstepd")
 
     def _end_all(self) -> None:
-        slurmds = [process for name, process in self.daemons.items() if name.startswith("slurmd-")]
-        left = end(slurmds)
+        # First those that could start something new; each with its children, which a SIGKILL would orphan.
+        daemons = list(self.daemons.values())
+        left = end([*daemons, *descendants(daemons)])
         for node in self.settings.node_names:
             steps = self._steps(node)
             left += end([*steps, *descendants(steps)])
-        left += end(self.daemons.values())
         _check_gone(left)
 
     def _wipe(self) -> None:
@@ -357,7 +358,7 @@ class Cluster:
 @contextlib.contextmanager
 def _reserved_ports() -> Iterator[None]:
     """One cluster of this machine at a time looks for ports and starts to listen on them."""
-    with open(Path(tempfile.gettempdir()) / "minislurm-ports.lock", "a") as lock:
+    with open(PORTS_LOCK, "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
