@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from cfe_hpc.units import format_duration, parse_duration_s, parse_size_bytes
 
-__all__ = ["DurationS", "SizeBytes", "Strict", "spelt", "unit_of"]
+__all__ = ["DurationS", "NoTruth", "SizeBytes", "Strict", "spelt", "unit_of"]
 
 
 def _duration_s(value: Any) -> float:
@@ -29,6 +29,16 @@ DurationS = Annotated[float, BeforeValidator(_duration_s)]
 
 SizeBytes = Annotated[int, BeforeValidator(_size_bytes)]
 """Bytes; written as "512GiB", "80GB", "16G" or a number of bytes."""
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # Python takes True for 1, Literal[1] included
+        raise ValueError("must be a whole number")
+    return value
+
+
+NoTruth = BeforeValidator(_no_truth)
+"""Beside a Literal of numbers: refuses true and false."""
 
 
 class Strict(BaseModel):

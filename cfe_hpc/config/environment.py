@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.files import read_toml
 
@@ -35,18 +35,22 @@ INTERNAL = frozenset(
     {
         "CFE_ATTEMPT",
         "CFE_ATTEMPT_BASE",
+        "CFE_CONTROL_PORT",
         "CFE_JOB_ID",
         "CFE_LOCAL_RANK",
         "CFE_LOCAL_WORLD_SIZE",
         "CFE_NODE_RANK",
         "CFE_NUM_NODES",
+        "CFE_PUSHGATEWAY_PASSWORD",
+        "CFE_PUSHGATEWAY_PASSWORD_FILE",
+        "CFE_PUSHGATEWAY_USER",
         "CFE_RANK",
         "CFE_RUN_DIR",
         "CFE_SITE",
         "CFE_WORLD_SIZE",
     }
 )
-"""Variables of our own that change no job: facts for ranks, and CFE_SITE, the name of the default site."""
+"""Variables of our own that change no job: facts for ranks, credentials, and CFE_SITE, the default site's name."""
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -125,9 +129,9 @@ def _near_misses(environ: Mapping[str, str]) -> list[Problem]:
     for name in sorted(environ):
         if not name.startswith("CFE_") or name in HONOURED or name in INTERNAL:
             continue
-        near = get_close_matches(name, [*HONOURED, *INTERNAL], n=1, cutoff=0.85)
+        near = nearest(name, [*HONOURED, "CFE_SITE"], cutoff=0.85)
         if near:
-            remedy = f"did you mean {near[0]}? rename or unset it"
+            remedy = f"did you mean {near}? rename or unset it"
             problems.append(Problem(file=name, key="", what="unknown variable", value=environ[name], remedy=remedy))
     return problems
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cfe_hpc.config.base import DurationS, SizeBytes, Strict
+from cfe_hpc.config.base import DurationS, NoTruth, SizeBytes, Strict
 
 __all__ = ["Accelerator", "Checkpoint", "Engine", "Job", "Launch", "Metrics", "Recovery", "Resources"]
 
@@ -68,7 +68,7 @@ class Engine(Strict):
     kind: Literal["deepspeed", "torch"] = Field(
         "deepspeed", description="DeepSpeed, or plain torch with DDP", examples=['"deepspeed"']
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage", examples=["1"])
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoTruth] = Field(1, description="DeepSpeed's ZeRO stage", examples=["1"])
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of parameters and activations in the forward", examples=['"bf16"']
     )

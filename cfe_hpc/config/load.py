@@ -222,13 +222,14 @@ def _validated(model: type[ModelT], layers: Layers) -> tuple[list[Problem], Mode
     tree, found, unsure = layers.tree, list[Problem](), set[str]()
     for _ in range(3):  # leaving a broken value out can bring up a missing one, which then gets a stand-in
         try:
-            return found, model.model_validate(tree), unsure
+            # By the names in files alone: `async_` is how Python must spell `async`.
+            return found, model.model_validate(tree, by_alias=True, by_name=False), unsure
         except ValidationError as error:
             details = error.errors(include_url=False)
         for path, problem in translate(details, model, layers.origin):
             if problem.key not in unsure:
                 found.append(problem)
-                unsure.add(problem.key)
+            unsure |= {problem.key, problem.key.partition("[")[0]}
             tree = _mended(model, tree, path, missing=problem.what == "missing")
     return found, None, unsure
 

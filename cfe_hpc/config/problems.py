@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -13,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cfe_hpc.config.layers import dotted
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.errors import Problem
 from cfe_hpc.units import parse_duration_s
 
@@ -126,7 +126,7 @@ def _explain(error: ErrorDetails, model: type[BaseModel], path: Path) -> tuple[s
         name, words = _BOUNDS[kind]
         return f"must be {words} {context[name]:g}", toml_value(value), example
     if kind == "literal_error":
-        return "not a word known here", toml_value(value), _nearest_word(str(value), field)
+        return "is none of the choices", toml_value(value), _nearest_word(str(value), field)
     if kind == "value_error":
         what, _, hint = str(context["error"]).partition(": ")
         suggestion = _short_units(value)
@@ -142,8 +142,9 @@ def _example(field: FieldInfo | None, path: Path) -> str:
     name = next((part for part in reversed(path) if isinstance(part, str)), "")
     if field is not None and field.examples:
         return f"write for example {dotted((name,))} = {field.examples[0]}"
-    # Inside a free table or a list of text, and for whole tables, the kind of value has been named already.
-    return "write it so" if field is None or nested_model(field.annotation) is None else f"give it its own [{name}]"
+    if field is None or nested_model(field.annotation) is None:
+        return "write it so"  # inside a free table or a list of text: the kind of value has been named already
+    return f"give it its own [{name}.NAME]" if get_origin(field.annotation) is dict else f"give it its own [{name}]"
 
 
 def _respelt(value: Any, kind: str, path: Path) -> str | None:
@@ -161,9 +162,9 @@ def _nearest_key(model: type[BaseModel], path: Path) -> str:
     table, _ = field_at(model, path[:-1])
     assert table is not None  # pydantic found the key in a table that it knows
     valid, wrong = list(_fields(table)), str(path[-1])
-    near = get_close_matches(wrong, valid, n=1)
+    near = nearest(wrong, valid)
     if near:
-        return f"did you mean {near[0]}? valid here: {', '.join(valid)}"
+        return f"did you mean {near}? valid here: {', '.join(valid)}"
     for elsewhere in _tables_with(model, wrong):
         return f"did you mean {elsewhere}.{wrong}? valid here: {', '.join(valid)}"
     return f"valid here: {', '.join(valid)}"
@@ -189,8 +190,8 @@ def literal_words(annotation: Any) -> list[Any]:
 
 def _nearest_word(value: str, field: FieldInfo | None) -> str:
     words = literal_words(field.annotation) if field is not None else []
-    near = get_close_matches(value.lower(), [word for word in words if isinstance(word, str)], n=1)
-    hint = f'did you mean "{near[0]}"? ' if near else ""
+    near = nearest(value, [word for word in words if isinstance(word, str)])
+    hint = f'did you mean "{near}"? ' if near else ""
     return f"{hint}choose from {', '.join(toml_value(word) for word in words)}"
 
 
@@ -200,7 +201,7 @@ def _short_units(value: Any) -> str | None:
         return None
     short = value.lower().replace(",", " ").replace(" and ", " ")
     for long, unit in _LONG_UNITS.items():
-        short = re.sub(rf"\s*\b(\d+(?:\.\d+)?)\s*(?:{long})\b\s*", rf"\g<1>{unit}", short)
+        short = re.sub(rf"(\d)\s*(?:{long})\b\s*", rf"\g<1>{unit}", short)
     try:
         parse_duration_s(short)
     except ValueError:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.layers import dotted
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.problems import toml_value
 from cfe_hpc.config.site import Site
 from cfe_hpc.config.template import missing_parameters
 from cfe_hpc.errors import Problem
+from cfe_hpc.units import format_duration
 
 __all__ = ["OWNED_DEEPSPEED_KEYS", "OWNED_OPTIONS", "OWNED_VARIABLES", "job_problems", "site_problems", "text_problems"]
 
@@ -96,6 +97,9 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
     if job.entry is None and job.command is None:
         remedy = 'write entry = "package.module:function", or command = ["python", "train.py"]'
         yield report(("entry",), "neither entry nor command is given", remedy)
+    if job.entry is not None and ".py:" in job.entry:
+        remedy = f'name the module: entry = "{job.entry.replace(".py:", ":")}"'
+        yield report(("entry",), "names a file", remedy, job.entry)
     yield from _command_problems(job, report)
     if job.launch.nodes_min is not None and job.launch.nodes_min > job.resources.nodes:
         remedy = f"lower it, or raise resources.nodes ({job.resources.nodes})"
@@ -109,8 +113,8 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
 def _command_problems(job: Job, report: Report) -> Iterator[Problem]:
     for index, word in enumerate(job.command or ()):
         for name in missing_parameters(word, job.params):
-            near = get_close_matches(name, job.params, n=1)
-            hint = f"did you mean {{params.{near[0]}}}?" if near else f"add {name} to [params]"
+            near = nearest(name, job.params)
+            hint = f"did you mean {{params.{near}}}?" if near else f"add {name} to [params]"
             yield report(("command", index), f"asks for a parameter that is not in [params]: {name}", hint, word)
     if job.command and not job.command[0]:
         yield report(("command", 0), "is empty", "name the program to run")
@@ -167,7 +171,12 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
             yield _unknown_name(report, (*path, "hardware"), partition.hardware, site.hardware, "hardware")
         limit, default = partition.time_limit, partition.default_time
         if limit is not None and default is not None and default > limit:
-            yield report((*path, "default_time"), "longer than time_limit", "lower it", f"{default:g} s > {limit:g} s")
+            yield report(
+                (*path, "default_time"),
+                f"longer than time_limit, {format_duration(limit)}",
+                "lower it",
+                format_duration(default),
+            )
         yield from _option_problems(partition.options, (*path, "options"), report)
     for name, hardware in site.hardware.items():
         for placeholder in re.findall(r"\{([^{}]*)\}", hardware.gres or ""):
@@ -183,8 +192,8 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
 
 
 def _unknown_name(report: Report, path: Path, name: str, known: Mapping[str, Any], table: str) -> Problem:
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name, known)
+    hint = f"did you mean {near}? " if near else ""
     return report(path, f"not a name of [{table}]", f"{hint}there are: {', '.join(known)}", name)
 
 

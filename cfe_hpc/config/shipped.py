@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.errors import ConfigError, Problem
 
 __all__ = ["Kind", "available", "folders", "resolve", "shown"]
@@ -51,8 +51,8 @@ def resolve(ref: str, kind: Kind) -> Path:
     if path.is_dir():
         problem = Problem(file=ref, key="", what=f"is a folder, not a {_WORD[kind]}", remedy="name a TOML file")
         raise ConfigError([problem])
-    near = get_close_matches(stem, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(stem, known)
+    hint = f"did you mean {near}? " if near else ""
     remedy = f"{hint}give a path, or one of: {', '.join(known) or 'none found'}"
     raise ConfigError([Problem(file=ref, key="", what=f"no such {_WORD[kind]}", remedy=remedy)])
 

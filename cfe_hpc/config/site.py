@@ -161,7 +161,7 @@ class Site(Strict):
     )
     default_partition: str = Field(description="a name of [partitions]", examples=['"gpu"'])
     partitions: dict[str, Partition] = Field(min_length=1)
-    hardware: dict[str, Hardware] = Field(min_length=1, examples=['"h200"'])
+    hardware: dict[str, Hardware] = Field(min_length=1)
     slurm: Slurm = Slurm()
     network: Network = Network()
     storage: Storage = Storage()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from cfe_hpc.config import shipped
 from cfe_hpc.config.load import load_site
+from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import ConfigError, UsageError
 from cfe_hpc.runfolder import RUN_ID, RunFolder
@@ -72,9 +72,9 @@ def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:
         if matches:
             shown = ", ".join(run.run_id for run in matches[:5]) + (", …" if len(matches) > 5 else "")
             raise UsageError(f"{ref}: means {len(matches)} runs ({shown}); give more of the run id")
-    near = get_close_matches(ref, [run.run_id for run in runs], n=1)
+    near = nearest(ref, [run.run_id for run in runs])
     where = ", ".join(map(str, roots)) or "any runs root that exists"
-    hint = f"did you mean {near[0]}?" if near else "see `cfe-hpc status`, or name its folder or --site"
+    hint = f"did you mean {near}?" if near else "see `cfe-hpc status`, or name its folder or --site"
     raise UsageError(f"{ref}: no such run under {where}; {hint}")
 
 
