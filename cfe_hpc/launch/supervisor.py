@@ -46,6 +46,8 @@ class Attempt:
         self._kill_at_s = float("inf")
         self._told_to_end = False
         self.stop_reason: StopReason | None = None
+        self.failure: tuple[int, int] | None = None
+        """(rank, status) of the one that failed first: those ended because of it do not count."""
         self.ranks = LocalRanks(
             folder,
             plan,
@@ -58,13 +60,15 @@ class Attempt:
     def run(self) -> None:
         """Return when every rank has ended, and whatever they left behind is gone."""
         while self.ranks.alive():
-            if self.stop_reason is None and self.ranks.failure() is not None:
+            self.failure = self.failure or self.ranks.failure()
+            if self.stop_reason is None and self.failure is not None:
                 self._end("failed", self._spec.site.slurm.kill_wait)
             self._keep_time()
             next_s = min(self._warn_at_s, self._limit_at_s, self._kill_at_s) - time.monotonic()
             came = signal.sigtimedwait(_WAITED_FOR, max(0.0, min(next_s, _FOREVER_S)))
             if came is not None:
                 self._hear(signal.Signals(came.si_signo))
+        self.failure = self.failure or self.ranks.failure()
         self.ranks.sweep()
 
     def _keep_time(self) -> None:
@@ -141,9 +145,8 @@ def _another_follows(folder: RunFolder, spec: RunSpec, attempt: Attempt) -> bool
         return False
     if attempt.stop_reason == "preempted":
         return _requeue_unsaved(folder, spec, number)
-    failure = attempt.ranks.failure()
-    _note_failure(folder, attempt, failure)
-    return close_failed_attempt(folder, attempt=number, status=0 if failure is None else abs(failure[1]))
+    _note_failure(folder, attempt)
+    return close_failed_attempt(folder, attempt=number, status=abs(attempt.failure[1]) if attempt.failure else 0)
 
 
 def _requeue_unsaved(folder: RunFolder, spec: RunSpec, number: int) -> bool:
@@ -159,16 +162,16 @@ def _requeue_unsaved(folder: RunFolder, spec: RunSpec, number: int) -> bool:
     return folder.promise(f"requeued-{number}", reason="preempted")
 
 
-def _note_failure(folder: RunFolder, attempt: Attempt, failure: tuple[int, int] | None) -> None:
+def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
     """Write the `failed` event of an attempt, unless a rank has done so."""
     if any(event["event"] == "failed" and event.get("attempt") == attempt.number for event in folder.events()):
         return
     if attempt.stop_reason == "time_limit":
         folder.append_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
-    elif failure is None:
+    elif attempt.failure is None:
         folder.append_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
     else:
-        rank, status = failure
+        rank, status = attempt.failure
         how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
         folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}")
 
