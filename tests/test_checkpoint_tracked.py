@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_groups import ThreadGroup, all_good, run_ranks
+from checkpoint_groups import all_good, run_ranks
 
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
@@ -92,3 +91,171 @@ def test_training_goes_on_as_if_undisturbed(tmp_path: Path, dtype: torch.dtype) 
     assert bits(resumed.model) == bits(undisturbed.model)
     assert resumed.sampler.position == undisturbed.sampler.position
     assert resumed.schedule.state_dict() == undisturbed.schedule.state_dict()
+
+
+def test_fp32_moments_of_bf16_parameters_are_not_rounded(tmp_path: Path) -> None:
+    training = Training(seed=1, dtype=torch.bfloat16)
+    training.step()
+    for state in training.optimizer.state.values():
+        state["exp_avg"] = torch.rand(state["exp_avg"].shape)
+    put(tmp_path, SoloGroup(), training.objects())
+    resumed = Training(seed=2, dtype=torch.bfloat16)
+    take(tmp_path, SoloGroup(), resumed.objects())
+    pairs = zip(training.optimizer.state.values(), resumed.optimizer.state.values(), strict=True)
+    for before, after in pairs:
+        assert {key: (value.dtype, value.tolist()) for key, value in before.items()} == {
+            key: (value.dtype, value.tolist()) for key, value in after.items()
+        }
+
+
+def together(work, size: int = 2) -> list:
+    """`work(rank, group)` on each rank, all good."""
+    return all_good(run_ranks(size, lambda group: work(group.rank, group)))
+
+
+def test_two_ranks_divide_what_is_alike_and_keep_what_is_their_own(tmp_path: Path) -> None:
+    trainings = [Training(rank, seed=1, width=3000) for rank in range(2)]
+    for training in trainings:
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)
+        training.step()
+    trainings[1].model[1].running_mean += 1  # BatchNorm's buffers are each rank's own
+    together(lambda rank, group: put(tmp_path, group, trainings[rank].objects()))
+    sizes = [(tmp_path / "step-000000004" / f"shard-0000{rank}.bin").stat().st_size for rank in range(2)]
+    assert max(sizes) - min(sizes) < 40_000 < sum(sizes) / 10
+
+    resumed = [Training(rank + 7, seed=9, width=3000) for rank in range(2)]
+    assert together(lambda rank, group: take(tmp_path, group, resumed[rank].objects())) == [4, 4]
+    for before, after in zip(trainings, resumed, strict=True):
+        assert bits(before.model) == bits(after.model)
+        assert before.sampler.state_dict()["position"] == after.sampler.position
+        assert torch.equal(before.sampler.weights, after.sampler.weights)
+        assert str(before.optimizer.state_dict()) == str(after.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_number_of_ranks_takes_all_that_is_alike(tmp_path: Path, size: int) -> None:
+    trainings = [Training(rank, seed=1) for rank in range(2)]
+    together(lambda rank, group: put(tmp_path, group, trainings[rank].objects()))
+    resumed = [Training(seed=9) for _ in range(size)]
+    python = random.getstate()
+    together(lambda rank, group: take(tmp_path, group, resumed[rank].objects()), size)
+    assert random.getstate() == python
+    assert all(bits(each.model) == bits(trainings[0].model) for each in resumed)
+    assert [each.sampler.position for each in resumed] == [0, 100, 0][:size]
+
+
+def test_what_does_not_fit_is_named_in_full_before_anything_changes(tmp_path: Path) -> None:
+    put(tmp_path, SoloGroup(), Training(seed=1).objects(), variant="rope", groups=2)
+    other = Training(seed=2, width=40)
+    other.optimizer = torch.optim.AdamW(other.model.parameters())
+    other.model.add_module("4", torch.nn.Linear(2, 2).to(torch.bfloat16))
+    objects = {"model": other.model, "optimizer": other.optimizer, "schedule": Sampler(0), "extra": Sampler(0)}
+    before = bits(other.model)
+    with pytest.raises(CheckpointMismatch) as caught:
+        take(tmp_path, SoloGroup(), objects, variant="irope", groups=2)
+    text = str(caught.value)
+    for words in (
+        "extra is tracked, and not in the checkpoint",
+        "sampler is in the checkpoint, and not tracked",
+        "variant is 'rope' in the checkpoint and 'irope' in the job",
+        "model: 0.weight is float32 [33, 8] in the checkpoint and float32 [40, 8] in the job's",
+        "model: 4.weight is not in the checkpoint",
+        "optimizer: its parameter groups have [2, 2] parameters in the checkpoint and [6] in the job's",
+    ):
+        assert words in text
+    assert "groups is" not in text and "\n" not in text
+    assert bits(other.model) == before
+
+
+def test_another_dtype_is_a_mismatch(tmp_path: Path) -> None:
+    put(tmp_path, SoloGroup(), {"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(CheckpointMismatch, match=r"weight is float32 \[2, 2\] in the checkpoint and bfloat16 \[2, 2\]"):
+        take(tmp_path, SoloGroup(), {"model": torch.nn.Linear(2, 2).bfloat16()})
+
+
+def test_a_mismatch_on_one_rank_is_every_ranks(tmp_path: Path) -> None:
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    together(lambda rank, group: put(tmp_path, group, {"model": models[rank]}))
+    job = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
+    errors = run_ranks(2, lambda group: take(tmp_path, group, {"model": job[group.rank]}))
+    assert len({str(error) for error in errors}) == 1
+    assert all(isinstance(error, CheckpointMismatch) and "rank 1: " in str(error) for error in errors)
+
+
+def test_a_state_that_one_rank_cannot_store_is_every_ranks_error(tmp_path: Path) -> None:
+    class Odd(Sampler):
+        def state_dict(self) -> dict:
+            return {"fine": 1, "file": Path("x")} if self.position else {"fine": 1}
+
+    errors = run_ranks(2, lambda group: put(tmp_path, group, {"data": Odd(group.rank)}))
+    assert [str(error) for error in errors] == [str(errors[0])] * 2
+    assert "rank 1: data/file: a pathlib" in str(errors[0]) and isinstance(errors[0], CheckpointError)
+
+
+def test_ranks_that_track_different_names_are_told(tmp_path: Path) -> None:
+    errors = run_ranks(2, lambda group: put(tmp_path, group, {f"data{group.rank}": Sampler(0)}))
+    assert all("ranks track different objects" in str(error) for error in errors)
+
+
+class Halves:
+    """A Sharded object: each rank holds its half of a vector."""
+
+    def __init__(self, rank: int, size: int, stage: int = 1) -> None:
+        self.low, self.high, self.stage = 1000 * rank // size, 1000 * (rank + 1) // size, stage
+        self.part, self.note = torch.arange(float(self.low), float(self.high)), torch.tensor(0.0)
+
+    def checkpoint_layout(self) -> dict:
+        return {"zero_stage": self.stage, "names": ("w",)}
+
+    def checkpoint_state(self):
+        data = memoryview(self.part.numpy()).cast("B")
+        return [Piece(name="w", dtype="float32", shape=(1000,), start=self.low, data=data)], {"n": torch.tensor(2.5)}
+
+    def load_checkpoint_state(self, reader, tree) -> None:
+        assert list(reader.names()) == ["w"] and reader.describe("w") == ("float32", (1000,))
+        reader.read_into("w", self.low, memoryview(self.part.numpy()).cast("B"))
+        self.note = tree["n"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sharded_objects_take_their_intervals_at_any_world_size(tmp_path: Path, size: int) -> None:
+    together(lambda rank, group: put(tmp_path, group, {"engine": Halves(rank, 2)}))
+    resumed = [Halves(rank, size) for rank in range(size)]
+    for each in resumed:
+        each.part.zero_()
+    together(lambda rank, group: take(tmp_path, group, {"engine": resumed[rank]}), size)
+    assert torch.cat([each.part for each in resumed]).tolist() == [float(i) for i in range(1000)]
+    assert all(each.note.item() == 2.5 for each in resumed)
+    with pytest.raises(CheckpointMismatch, match=r"engine.zero_stage is 1 in the checkpoint and 2 in the job"):
+        take(tmp_path, SoloGroup(), {"engine": Halves(0, 1, stage=2)})
+
+
+def test_random_generators_return() -> None:
+    def draw() -> list:
+        return [random.random(), random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()]
+
+    random.gauss(0, 1)  # half of a pair is kept for later
+    state = capture_rng()
+    first = draw()
+    draw()
+    restore_rng(state)
+    assert draw() == first
+
+
+def test_tied_and_wrapped_modules_return(tmp_path: Path) -> None:
+    def build() -> torch.nn.Module:
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
+        model["head"].weight = model["embed"].weight
+        return model
+
+    model, resumed = build(), build()
+    put(tmp_path, SoloGroup(), {"model": torch.nn.DataParallel(model)})
+    take(tmp_path, SoloGroup(), {"model": resumed})
+    assert bits(model) == bits(resumed) and resumed["head"].weight is resumed["embed"].weight
+
+
+def test_what_can_be_tracked() -> None:
+    assert is_trackable(Sampler(0)) and is_trackable(Halves(0, 1)) and is_trackable(torch.nn.Linear(1, 1))
+    assert not is_trackable({}) and not is_trackable(torch.ones(1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -44,8 +45,12 @@ def num_chunks(size_bytes: int) -> int:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and make its bytes durable."""
-    with open(path, "xb") as stream:
+    """Write a new file; its bytes are durable on return.
+
+    Raises:
+        OSError: with `path` as its filename.
+    """
+    with _named(path), open(path, "xb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -62,15 +67,23 @@ def write_data(path: Path, source: Source) -> tuple[int, ...]:
     Raises:
         OSError: with `path` as its filename.
     """
-    fd = _open_direct(path)
+    with _named(path):
+        fd = _open_direct(path)
+        try:
+            sums = _stream(fd, source)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return sums
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of a file descriptor does not say which file it was."""
     try:
-        sums = _stream(fd, source)
-        os.fsync(fd)
+        yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(fd)
-    return sums
 
 
 def _open_direct(path: Path) -> int:
