@@ -1,0 +1,67 @@
+"""One rank of a DDP training that saves at a step or resumes from there; started by test_checkpoint_ddp.py."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from checkpoint_groups import SocketGroup
+
+from cfe_hpc.checkpoints.store import newest, save
+from cfe_hpc.checkpoints.tracked import capture, restore
+
+SAVED, TOTAL = 4, 8
+
+
+class Position:
+    def __init__(self, rank: int) -> None:
+        self.random = random.Random(rank)
+
+    def state_dict(self) -> dict:
+        return {"state": self.random.getstate()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.random.setstate(state["state"])
+
+
+def main(mode: str, folder: Path, rank: int, size: int, links: list[int]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(100 * (mode == "resume") + rank)
+    group = SocketGroup(rank, size, [socket.socket(fileno=fd) for fd in links])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{mode}", rank=rank, world_size=size)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(16, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.2), torch.nn.Linear(64, 16)
+    )
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": Position(rank)}
+    first = 0
+    if mode == "resume":
+        opened = newest(folder / "checkpoints", run_id="r", attempt=1, group=group)
+        assert opened is not None
+        restore(opened, objects, group=group)
+        first = opened.step
+    for step in range(first, TOTAL):
+        if mode == "whole" and step == SAVED:
+            content = capture(objects, group=group)
+            save(folder / "checkpoints", content, step=step, attempt=0, run_id="r", group=group)
+        x = torch.randn(8, 16) + objects["data"].random.random()
+        loss = (model(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    parts = [*net.state_dict().values(), *(value for each in optimizer.state.values() for value in each.values())]
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    print(first, digest, loss.item().hex(), schedule.get_last_lr()[0].hex(), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]), links=[int(fd) for fd in sys.argv[5:]])
