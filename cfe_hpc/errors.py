@@ -57,13 +57,17 @@ class Problem:
         """`<file>: <key>: <what is wrong> (<value>); <what to do>`, on one line."""
         place = f"{self.file}: {self.key}: " if self.key else f"{self.file}: "
         shown = "" if self.value is None else f" ({_one_line(self.value)})"
-        return f"{place}{self.what}{shown}; {self.remedy}".replace("\n", "\\n")
+        return _printable(f"{place}{self.what}{shown}; {self.remedy}")
 
 
 def _one_line(value: Any, limit: int = 120) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    text = _printable(value if isinstance(value, str) else repr(value))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    # Line ends of any kind would break the one-line form, and escape sequences would reach the terminal.
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class CfeError(Exception):

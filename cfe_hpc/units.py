@@ -11,9 +11,9 @@ import re
 __all__ = ["format_duration", "format_size", "parse_duration_s", "parse_size_bytes", "slurm_time"]
 
 _DURATION_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|[wdhms])", re.IGNORECASE)
-_SLURM_CLOCK = re.compile(r"^(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?$")
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*$", re.IGNORECASE)
+_DURATION_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|[wdhms])", re.IGNORECASE | re.ASCII)
+_SLURM_CLOCK = re.compile(r"^(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?$", re.ASCII)
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*$", re.IGNORECASE | re.ASCII)
 
 
 def parse_duration_s(text: str | int | float) -> float:
@@ -29,7 +29,7 @@ def parse_duration_s(text: str | int | float) -> float:
             raise ValueError("a duration is a finite number of seconds, zero or more")
         return float(text)
     stripped = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", stripped):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", stripped):
         return float(stripped)
     clock = _SLURM_CLOCK.match(stripped)
     if clock:
@@ -90,10 +90,10 @@ def parse_size_bytes(text: str | int) -> int:
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people, in IEC units with three digits at most: 1610612736 is "1.5 GiB"."""
+    """A size for people, in IEC units with three digits or so: 1610612736 is "1.5 GiB"."""
     value, unit = float(size_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if abs(value) < 1024 or unit == "PiB":
             break
         value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 999.5 else f"{value:.3g} {unit}"

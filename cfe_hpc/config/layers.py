@@ -7,9 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Layers", "dotted"]
+__all__ = ["Layers", "dotted", "quoted"]
 
 _BARE = re.compile(r"^[A-Za-z0-9_-]+$")
+
+
+def quoted(text: str) -> str:
+    """Text as TOML spells it, on one line."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def dotted(path: tuple[str | int, ...]) -> str:
@@ -19,7 +24,7 @@ def dotted(path: tuple[str | int, ...]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            name = part if _BARE.match(part) else json.dumps(part, ensure_ascii=False)
+            name = part if _BARE.match(part) else quoted(part)
             text += f".{name}" if text else name
     return text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, get_args, get_origin
@@ -11,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from cfe_hpc.config.layers import dotted
+from cfe_hpc.config.layers import dotted, quoted
 from cfe_hpc.config.nearest import nearest
 from cfe_hpc.errors import Problem
 from cfe_hpc.units import parse_duration_s
@@ -83,7 +82,7 @@ def field_at(model: type[BaseModel], path: Path) -> tuple[type[BaseModel] | None
 def toml_value(value: Any) -> str:
     """A plain value as TOML spells it, for messages."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return quoted(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
