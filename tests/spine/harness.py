@@ -50,7 +50,7 @@ SMALL = {
     "seq_len": 32,
     "global_batch": 8,
     "micro_batch": 2,
-    "steps": 48,
+    "steps": 90,
     "warmup_steps": 4,
     "eval_every": 16,
     "eval_batches": 1,
@@ -142,7 +142,8 @@ class LiveRun:
     def log(self, ending: str = "err") -> str:
         """All ranks' logs, one after the other."""
         return "\n".join(
-            f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(self.folder.logs.glob(f"*.{ending}"))
+            f"--- {path.name}\n{path.read_text(errors='replace')}"
+            for path in sorted(self.folder.logs.glob(f"*.{ending}"))
         )
 
     def diagnosis(self) -> str:
