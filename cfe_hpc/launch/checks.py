@@ -166,6 +166,15 @@ def _program_missing(loaded: Loaded, plan: Plan) -> Found:
             yield "warning", _problem(loaded, "job.command", what, remedy, program)
 
 
+def _not_yet(loaded: Loaded, plan: Plan) -> Found:
+    if loaded.job.checkpoint.async_:
+        what = "this version writes checkpoints while training waits"
+        yield "note", _problem(loaded, "job.checkpoint.async", what, "nothing to do: they are as safe", "true")
+    if loaded.job.metrics.otlp_endpoint is not None:
+        what, remedy = "this version does not export OpenTelemetry", "use pushgateway or port"
+        yield "warning", _problem(loaded, "job.metrics.otlp_endpoint", what, remedy, loaded.job.metrics.otlp_endpoint)
+
+
 def _git_dirty(loaded: Loaded, plan: Plan) -> Found:
     try:
         changed = run(["git", "status", "--porcelain", "--untracked-files=no"], timeout_s=5).stdout.splitlines()
@@ -187,6 +196,7 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "signal-at-start": _signal_at_start,
     "no-time-limit": _no_time_limit,
     "preemption-cancels": _preemption_cancels,
+    "not-yet": _not_yet,
     "git-dirty": _git_dirty,
 }
 """Every check by its id. One is added by a function and a row."""
