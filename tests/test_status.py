@@ -223,7 +223,8 @@ def test_an_unknown_run_is_a_usage_error(runs: Path, capsys: pytest.CaptureFixtu
 def test_a_real_squeue_without_a_cluster_is_exit_code_3(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "no-such-slurm.conf"))
+    (tmp_path / "slurm.conf").touch()  # a missing one makes squeue try again for a minute
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     make_run(runs, job=slurm_job(41))
     assert main(["status"]) == 3
     assert capsys.readouterr().err.startswith("error: squeue")
