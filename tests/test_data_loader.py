@@ -214,6 +214,11 @@ def test_damaged_chunks_are_never_handed_out(large, tmp_path, options):
         assert windows.read(np.array([0]))[0].tolist() == ids[:1001].tolist()
 
 
+def test_a_file_that_the_users_code_has_open_too(counted):
+    with h5py.File(counted, "r"):
+        assert TokenWindows(counted, seq_len=SEQ_LEN, **IN_FILE).read(np.array([1]))[0, 0] == SEQ_LEN
+
+
 @pytest.mark.parametrize("options", [{}, IN_FILE], ids=["memory", "file"])
 def test_a_file_replaced_before_the_first_read_is_noticed(tmp_path, options):
     path = token_file(tmp_path, np.arange(500))

@@ -88,7 +88,7 @@ def open_token_file(path: Path) -> Any:
     try:
         with open(path, "rb"):
             pass
-        file = h5py.File(path, "r", locking=False)
+        file = _open(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such token file; build it with `cfe-hpc data build`") from error
     except IsADirectoryError as error:
@@ -104,6 +104,16 @@ def open_token_file(path: Path) -> Any:
         file.close()
         raise
     return file
+
+
+def _open(path: Path) -> Any:
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        # The user's own code has this file open in this process, with locks: HDF5 wants the same again.
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")
 
 
 def _require_version(path: Path, file: Any) -> None:
