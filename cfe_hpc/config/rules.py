@@ -59,8 +59,10 @@ OWNED_OPTIONS: dict[str, str] = {
 }
 """#SBATCH options that cfe_hpc writes itself, and where they are set instead."""
 
-_VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-_OPTION = re.compile(r"^--[a-z][a-z0-9-]*(=.*)?$")
+# What becomes the value of an #SBATCH option: a space or a line end there would begin another one.
+_ONE_WORD = re.compile(r"[^\s\x00-\x1f\x7f\"'`\\]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?")
 
 
 def text_problems(tree: Mapping[str, Any], origin: Callable[[Path], str]) -> Iterator[tuple[Path, Problem]]:
@@ -100,6 +102,8 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
     if job.entry is not None and ".py:" in job.entry:
         remedy = f'name the module: entry = "{job.entry.replace(".py:", ":")}"'
         yield report(("entry",), "names a file", remedy, job.entry)
+    for key in ("partition", "account", "qos", "constraint"):
+        yield from _word_problems(getattr(job.resources, key), ("resources", key), report)
     yield from _command_problems(job, report)
     if job.launch.nodes_min is not None and job.launch.nodes_min > job.resources.nodes:
         remedy = f"lower it, or raise resources.nodes ({job.resources.nodes})"
@@ -136,11 +140,16 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any], report: Report) -> Iterato
 
 def _variable_problems(variables: Mapping[str, str], path: Path, report: Report) -> Iterator[Problem]:
     for name, value in variables.items():
-        if not _VARIABLE.match(name):
+        if not _VARIABLE.fullmatch(name):
             remedy = "use letters, digits and _ only, no digit first"
             yield report((*path, name), "is no name for an environment variable", remedy, value)
         elif name in OWNED_VARIABLES or name.startswith("SLURM_"):
             yield report((*path, name), "is set for every rank by cfe_hpc or Slurm", "take it out", value)
+
+
+def _word_problems(text: str | None, path: Path, report: Report) -> Iterator[Problem]:
+    if text is not None and not _ONE_WORD.fullmatch(text):
+        yield report(path, "is no single word", "leave out spaces, quotes and line ends", text)
 
 
 def _url_problems(url: str | None, path: Path, report: Report) -> Iterator[Problem]:
@@ -165,6 +174,23 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
     report = _reporter(origin)
     if site.default_partition not in site.partitions:
         yield _unknown_name(report, ("default_partition",), site.default_partition, site.partitions, "partitions")
+    yield from _partition_problems(site, report)
+    for name, hardware in site.hardware.items():
+        yield from _word_problems(hardware.gres, ("hardware", name, "gres"), report)
+        for placeholder in re.findall(r"\{([^{}]*)\}", hardware.gres or ""):
+            if placeholder != "devices":
+                what = f"unknown placeholder {{{placeholder}}}"
+                yield report(("hardware", name, "gres"), what, "the only one known is {devices}", hardware.gres)
+    yield from _word_problems(site.network.interface, ("network", "interface"), report)
+    yield from _variable_problems(site.network.environment, ("network", "environment"), report)
+    yield from _variable_problems(site.environment.variables, ("environment", "variables"), report)
+    for key in ("pushgateway", "otlp_endpoint"):
+        yield from _url_problems(getattr(site.metrics, key), ("metrics", key), report)
+    if not site.storage.runs_root.strip():
+        yield report(("storage", "runs_root"), "is empty", 'write for example runs_root = "runs"')
+
+
+def _partition_problems(site: Site, report: Report) -> Iterator[Problem]:
     for name, partition in site.partitions.items():
         path = ("partitions", name)
         if partition.hardware not in site.hardware:
@@ -177,18 +203,11 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
                 "lower it",
                 format_duration(default),
             )
+        queue_path = path if partition.queue is None else (*path, "queue")
+        yield from _word_problems(partition.queue or name, queue_path, report)
+        for key in ("account", "qos"):
+            yield from _word_problems(getattr(partition, key), (*path, key), report)
         yield from _option_problems(partition.options, (*path, "options"), report)
-    for name, hardware in site.hardware.items():
-        for placeholder in re.findall(r"\{([^{}]*)\}", hardware.gres or ""):
-            if placeholder != "devices":
-                what = f"unknown placeholder {{{placeholder}}}"
-                yield report(("hardware", name, "gres"), what, "the only one known is {devices}", hardware.gres)
-    yield from _variable_problems(site.network.environment, ("network", "environment"), report)
-    yield from _variable_problems(site.environment.variables, ("environment", "variables"), report)
-    for key in ("pushgateway", "otlp_endpoint"):
-        yield from _url_problems(getattr(site.metrics, key), ("metrics", key), report)
-    if not site.storage.runs_root.strip():
-        yield report(("storage", "runs_root"), "is empty", 'write for example runs_root = "runs"')
 
 
 def _unknown_name(report: Report, path: Path, name: str, known: Mapping[str, Any], table: str) -> Problem:
@@ -200,7 +219,7 @@ def _unknown_name(report: Report, path: Path, name: str, known: Mapping[str, Any
 def _option_problems(options: Sequence[str], path: Path, report: Report) -> Iterator[Problem]:
     for index, option in enumerate(options):
         name = option.split("=", 1)[0].split(" ", 1)[0]
-        if "\n" in option or not _OPTION.match(option):
+        if not _OPTION.fullmatch(option):
             remedy = 'write for example "--exclusive" or "--reservation=night"'
             yield report((*path, index), "is no single long option", remedy, option)
         elif name in OWNED_OPTIONS:

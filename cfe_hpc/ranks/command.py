@@ -8,20 +8,18 @@ when it ends after a stop signal, whatever its exit status.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any
 
 from cfe_hpc import log
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.config.template import fill_in
 from cfe_hpc.devices.resolve import resolve
 from cfe_hpc.ranks.bootstrap import rank_environment
 from cfe_hpc.ranks.env import RankFacts
@@ -32,28 +30,11 @@ from cfe_hpc.ranks.stopping import Inquiry, conclude
 from cfe_hpc.recovery import ledger
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["fill_in", "run_command"]
+__all__ = ["run_command"]
 
 logger = logging.getLogger(__name__)
 
-_PLACEHOLDER = re.compile(r"\{params\.([A-Za-z_][\w.]*)\}")
 _POLL_S = 0.1
-
-
-def fill_in(word: str, params: Mapping[str, Any]) -> str:
-    """`word` with each "{params.a.b}" replaced by that parameter: text as it stands, anything else as JSON.
-
-    Raises:
-        KeyError: no such parameter.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        found: Any = params
-        for part in match.group(1).split("."):
-            found = found[part]
-        return found if isinstance(found, str) else json.dumps(found)
-
-    return _PLACEHOLDER.sub(value, word)
 
 
 class _Child:
