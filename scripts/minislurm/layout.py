@@ -17,8 +17,8 @@ GAUDIS_PER_NODE = 8
 CPUS_PER_NODE = 8
 MEMORY_MIB = 8000
 
-# Below the ports that the ranks of a run meet on (20000 and up) and those that Linux gives to outgoing connections (32768
-# and up), so that the port of a node that is down for a while is not taken by a stranger.
+# Below the ports that the ranks of a run meet on (20000 and up) and those that Linux gives to outgoing connections
+# (32768 and up), so that the port of a node that is down for a while is not taken by a stranger.
 _FIRST_PORT, _LAST_PORT, _BLOCK = 10240, 19968, 64
 
 MAX_NODES = _BLOCK - 3
