@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["Layers", "dotted", "quoted"]
 
-_BARE = re.compile(r"^[A-Za-z0-9_-]+$")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def quoted(text: str) -> str:
@@ -24,7 +24,7 @@ def dotted(path: tuple[str | int, ...]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            name = part if _BARE.match(part) else quoted(part)
+            name = part if _BARE.fullmatch(part) else quoted(part)
             text += f".{name}" if text else name
     return text
 
