@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cfe_hpc.data import loader as loading
 from cfe_hpc.data.build import BuildOptions, build_from_paths
 from cfe_hpc.data.loader import BatchLoader, TokenWindows, eval_batches
 from cfe_hpc.errors import CheckpointMismatch, ConfigError, DataError
@@ -128,13 +129,11 @@ def test_going_back_gives_the_same_batches(counted, options):
     assert np.array_equal(first, again)
 
 
-def test_order_beyond_the_block_that_is_computed_at_once(counted):
+def test_order_across_the_blocks_that_are_computed_at_once(counted, monkeypatch):
     windows = TokenWindows(counted, seq_len=SEQ_LEN)
-    loader = BatchLoader(windows, global_batch=40)
-    loader.load_state_dict({**loader.state_dict(), "samples": (1 << 14) - 20})
-    one_by_one = BatchLoader(windows, global_batch=1)
-    one_by_one.samples = (1 << 14) - 20
-    assert loader.next_batch().tolist() == [one_by_one.next_batch()[0].tolist() for _ in range(40)]
+    whole = consumed([BatchLoader(windows, global_batch=40)], 4)
+    monkeypatch.setattr(loading, "_ORDER_BLOCK", 7)
+    assert consumed([BatchLoader(windows, global_batch=40)], 4) == whole
 
 
 def test_same_batches_in_another_process(counted):

@@ -24,7 +24,7 @@ __all__ = ["BatchLoader", "EvalBatch", "TokenWindows", "eval_batches"]
 
 Tokens = npt.NDArray[np.int64]
 
-_ORDER_BLOCK = 1 << 14  # samples whose order is computed at once: numpy's cost per call is shared by them
+_ORDER_BLOCK = 1 << 14  # most samples whose order is computed at once: they share numpy's cost per call
 
 
 class BatchLoader:
@@ -64,6 +64,7 @@ class BatchLoader:
         self.samples = 0
         self._share = global_batch // world_size
         self._first = rank * self._share
+        self._block = min(_ORDER_BLOCK, len(windows))
         self._order: tuple[int, Positions] = (-1, np.empty(0, dtype=np.int64))
         # Windows that are read from the file are read one batch ahead, to hide a parallel filesystem's latency.
         self._reader: ThreadPoolExecutor | None = None
@@ -89,7 +90,7 @@ class BatchLoader:
         """This rank's window numbers of the global batch that starts at global sample `position`."""
         first, stop, parts = position + self._first, position + self._first + self._share, []
         while first < stop:
-            block, offset = divmod(first, _ORDER_BLOCK)
+            block, offset = divmod(first, self._block)
             parts.append(self._order_of(block)[offset : offset + stop - first])
             first += len(parts[-1])
         return np.concatenate(parts)
@@ -97,7 +98,7 @@ class BatchLoader:
     def _order_of(self, block: int) -> Positions:
         known, order = self._order
         if known != block:
-            samples = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK, dtype=np.int64)
+            samples = np.arange(block * self._block, (block + 1) * self._block, dtype=np.int64)
             order = window_at(samples, len(self.windows), seed=self.seed)
             self._order = (block, order)
         return order
