@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -13,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cfe_hpc.config.base import spelt, unit_of
-from cfe_hpc.config.environment import HONOURED
+from cfe_hpc.config.environment import HONOURED, TRAIN_ENTRY
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.load import PRECEDENCE
 from cfe_hpc.config.problems import key_of, literal_words, nested_model, toml_value
@@ -31,6 +32,7 @@ _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "tex
 def reference() -> str:
     """The tables of job files and site profiles, the layers and the variables, in Markdown."""
     lines = ["## Job files", *_tables(Job, ""), "", "## Site profiles", *_tables(Site, "")]
+    lines += ["", f"## `[params]` of `{TRAIN_ENTRY}`", "", *_rows(import_module("cfe_hpc.train.config").Params)]
     lines += ["", "## Precedence", "", "Each layer wins over those before it.", ""]
     lines += [f"{number}. **{name}**: {meaning}" for number, (name, meaning) in enumerate(PRECEDENCE, start=1)]
     lines += ["", "## Environment variables", "", "An empty variable counts as unset.", ""]
@@ -41,7 +43,6 @@ def reference() -> str:
 
 def _tables(model: type[BaseModel], header: str) -> Iterator[str]:
     """A model's own keys as one table, then those of its tables."""
-    plain = [(key_of(name, field), field) for name, field in model.model_fields.items() if not _table_of(field)]
     inner = [(key_of(name, field), field) for name, field in model.model_fields.items() if _table_of(field)]
     yield ""
     yield f"### `[{header}]`" if header else "### At the top"
@@ -49,17 +50,24 @@ def _tables(model: type[BaseModel], header: str) -> Iterator[str]:
     if header:
         yield (model.__doc__ or "").partition(": ")[2].strip().capitalize()
         yield ""
-    yield "| key | value | default | meaning |"
-    yield "|---|---|---|---|"
-    for key, field in plain:
-        example = f", e.g. `{field.examples[0]}`" if field.examples and not _words(field) else ""
-        cells = [f"`{key}`", _kind(field) + example, _default(field), field.description or ""]
-        yield f"| {' | '.join(map(_cell, cells))} |"
+    yield from _rows(model)
     for key, field in inner:
         nested = _table_of(field)
         assert nested is not None  # by the choice above
         name = f"{key}.NAME" if get_origin(field.annotation) is dict else key
         yield from _tables(nested, f"{header}.{name}" if header else name)
+
+
+def _rows(model: type[BaseModel]) -> Iterator[str]:
+    """The table of a model's plain keys."""
+    yield "| key | value | default | meaning |"
+    yield "|---|---|---|---|"
+    for name, field in model.model_fields.items():
+        if _table_of(field):
+            continue
+        example = f", e.g. `{field.examples[0]}`" if field.examples and not _words(field) else ""
+        cells = [f"`{key_of(name, field)}`", _kind(field) + example, _default(field), field.description or ""]
+        yield f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _table_of(field: FieldInfo) -> type[BaseModel] | None:
