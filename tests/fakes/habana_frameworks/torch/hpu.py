@@ -7,6 +7,10 @@ HLS_MODULE_ID_VAR = "HLS_MODULE_ID"
 synchronized = 0
 
 
+class Stream:
+    """DeepSpeed names it in annotations as it is loaded."""
+
+
 class Event:
     """DeepSpeed names it in annotations as it is loaded."""
 
