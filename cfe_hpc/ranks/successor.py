@@ -46,7 +46,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (r"node count|too many nodes", "ask for fewer nodes: [resources] nodes"),
     (r"dependency", "the run to wait for is no longer known to Slurm: submit without --after"),
     (r"violates|limit|max", "your account's limits are reached: wait for other jobs to end, or ask your site"),
-    (r"contact slurm|configuration source|connect|timed out|munge|authentication", "check that this machine "
+    (r"contact slurm|configuration (source|file)|connect|timed out|munge|authentication", "check that this machine "
      "reaches the scheduler (`sinfo`), and SLURM_CONF"),
 )  # fmt: skip
 
