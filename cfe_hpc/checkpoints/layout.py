@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cfe_hpc.checkpoints.protocols import Piece
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "DTYPE_BYTES", "Extent", "Placement", "divide", "divide_evenly", "place"]
+__all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "DTYPE_BYTES", "Extent", "Placement", "divide", "place"]
 
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 8 << 20
@@ -146,8 +146,3 @@ def _cut(position: int, size: int) -> int:
     if position >= size:
         return size
     return max(position, 0) // BLOCK_BYTES * BLOCK_BYTES
-
-
-def divide_evenly(count: int, part: int, parts: int) -> range:
-    """One part's run of `count` things."""
-    return range(count * part // parts, count * (part + 1) // parts)

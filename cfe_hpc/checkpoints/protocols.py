@@ -61,7 +61,8 @@ class Sharded(Protocol):
 
     def checkpoint_state(self) -> tuple[Iterable[Piece], Any]:
         """This rank's pieces, and a tree for everything that is no large tensor (plain Python values and small
-        tensors; see checkpoints.codec). Every rank calls it; it may enter collectives."""
+        tensors; see checkpoints.codec). Every rank calls it; it may enter collectives. Names are the object's own:
+        in the checkpoint they follow its tracked name, and its reader takes that off again."""
 
     def load_checkpoint_state(self, reader: ReadInto, tree: Any) -> None:
         """Take the state back. Every rank calls it with the tree that this rank (or, at another world size,

@@ -40,8 +40,10 @@ def glance(folder: Path, run_id: str | None = None) -> Manifest:
     for name, facts in manifest.files.items():
         try:
             size_bytes = (folder / name).stat().st_size
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"{name} is missing") from error
         except OSError as error:
-            raise CorruptCheckpoint(f"{name} is missing: {error.strerror}") from error
+            raise CorruptCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if size_bytes != facts.size_bytes:
             raise CorruptCheckpoint(f"{name} has {size_bytes} bytes instead of {facts.size_bytes}")
     return manifest

@@ -196,7 +196,7 @@ def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Repor
     """The newest checkpoint that verifies in full, chosen by rank 0 and checked by all ranks. Collective.
 
     Rank 0 first settles what attempts before `attempt` left: drafts that lack nothing but their name are put in
-    place, other drafts and half-deleted folders are deleted. Checkpoints that cannot be used stay where they are.
+    place, other drafts are deleted. Checkpoints that cannot be used stay where they are.
 
     Args:
         report: called on rank 0 for each newer one that cannot be used.

@@ -24,7 +24,7 @@ from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.restoring import check_module, check_optimizer, differences, load_module, load_optimizer
 from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
 from cfe_hpc.checkpoints.store import Content
-from cfe_hpc.checkpoints.tensors import tensor_bytes
+from cfe_hpc.checkpoints.tensors import describe, tensor_bytes
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch
 
 __all__ = ["capture", "is_trackable", "restore"]
@@ -154,7 +154,7 @@ def _split(captured: Sequence[_Captured], alike: set[str], group: Group) -> tupl
     """Tensors that all ranks hold alike, and this rank's others. Collective."""
     candidates = {name: tensor for each in captured if each.name in alike for name, tensor in each.tensors.items()}
     others = {name: tensor for each in captured if each.name not in alike for name, tensor in each.tensors.items()}
-    if group.size == 1:
+    if group.size == 1 or not candidates:
         return candidates, others
     sums: list[int] = []
 
@@ -190,8 +190,6 @@ def _whole(name: str, tensor: Any) -> Piece:
 
 
 def _facts(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    from cfe_hpc.checkpoints.tensors import describe
-
     described = describe(tensor, "")
     return described["dtype"], tuple(described["shape"])
 
