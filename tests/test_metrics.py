@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import Pushgateway
@@ -23,6 +24,8 @@ from cfe_hpc.metrics.gateway import Credentials
 from cfe_hpc.metrics.pushgateway import PushgatewayExporter
 from cfe_hpc.metrics.scrape import ScrapeExporter
 from cfe_hpc.metrics.snapshot import Snapshot
+from cfe_hpc.ranks.epilogue import close_failed_attempt
+from cfe_hpc.runfolder import RunFolder
 
 RUN_ID = "toy-20260131-235959-abcd"
 
@@ -171,6 +174,18 @@ def test_withdraw_speaks_for_a_run_that_cannot(pushgateway: Pushgateway) -> None
     withdraw(spec, run_id=RUN_ID, timeout_s=5.0)
     assert RUN_ID not in pushgateway.metrics()
     withdraw(spec, run_id=RUN_ID, timeout_s=5.0)
+    exporter.close(5.0)
+
+
+def test_an_attempt_that_died_leaves_no_group(pushgateway: Pushgateway, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / RUN_ID)
+    folder.control.mkdir(parents=True)
+    run_spec(metrics={"pushgateway": pushgateway.url}).write(folder.run_toml)
+    exporter = PushgatewayExporter(pushgateway.url, snapshot(), run_id=RUN_ID, interval_s=0.05)
+    exporter.publish({}, step=1)
+    eventually(lambda: RUN_ID in pushgateway.metrics())
+    assert close_failed_attempt(folder, attempt=0, status=1) is False
+    assert RUN_ID not in pushgateway.metrics()
     exporter.close(5.0)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.scheduler import JobRecord
 from cfe_hpc.ranks.stopping import hold
@@ -22,6 +23,7 @@ from cfe_hpc.runfolder import RunFolder
 __all__ = ["close_failed_attempt", "main"]
 
 _SCONTROL_TIMEOUT_S = 30.0
+_GATEWAY_TIMEOUT_S = 5.0
 
 
 def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int) -> bool:
@@ -33,6 +35,7 @@ def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int) -> boo
         True when another attempt shall follow: it is promised, and the caller starts or requests it.
     """
     spec = RunSpec.read(folder.run_toml)
+    withdraw(spec, run_id=spec.run_id, timeout_s=_GATEWAY_TIMEOUT_S)  # ranks that died could not
     if not any(e["event"] == "failed" and e.get("attempt") == attempt for e in folder.events()):
         folder.append_event("failed", attempt=attempt, reason=f"the ranks ended with status {status}")
     decision = decide(spec.job.recovery, folder.events(), cause="failed")
