@@ -152,6 +152,16 @@ def test_cancel_ends_a_local_run_and_says_when_it_had_ended(cfe: Callable[..., A
     assert len(events(folder, "cancelled")) == 1
 
 
+def test_a_cancel_that_comes_while_the_job_script_prepares_is_not_lost(cfe: Callable[..., Any], tmp_path: Path) -> None:
+    write_job(tmp_path, command=SLEEPS)
+    setup = 'site.environment.setup=["touch preparing", "sleep 2"]'
+    folder = submitted(cfe("submit", "job.toml", "--set", setup, "--json"))
+    wait_until(lambda: list(tmp_path.rglob("preparing")))
+    cfe("cancel", folder.run_id)
+    wait_until(folder.result)
+    assert (folder.result() or {})["state"] == "CANCELLED"
+
+
 def test_a_run_waits_for_another_and_can_be_cancelled_meanwhile(cfe: Callable[..., Any], tmp_path: Path) -> None:
     write_job(tmp_path, command=SLEEPS)
     first = submitted(cfe("submit", "job.toml", "--json"))
