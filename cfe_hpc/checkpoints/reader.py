@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints.folders import step_name
-from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
+from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES, Extent
 from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, data_name, index_name
 from cfe_hpc.checkpoints.shard import ShardReader, data_facts, num_chunks
 from cfe_hpc.errors import CheckpointMismatch, CorruptCheckpoint
@@ -110,6 +110,7 @@ class Opened:
         counts = [num_chunks(shard.index.data_bytes) for shard in self._shards]
         total, base = sum(counts), 0
         low, high = total * part // parts, total * (part + 1) // parts
+        scratch = memoryview(bytearray(CHUNK_BYTES))
         for shard, count in zip(self._shards, counts, strict=True):
             mine = range(max(low - base, 0), min(high - base, count))
             if mine:
@@ -118,7 +119,7 @@ class Opened:
                     raise CorruptCheckpoint(f"{shard.path.name} has other checksums in its index than in the manifest")
                 shard.check_header(facts)
             for index in mine:
-                shard.check_chunk(index)
+                shard.check_chunk(index, scratch)
             base += count
 
 

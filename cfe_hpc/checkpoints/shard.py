@@ -182,10 +182,10 @@ class ShardReader:
             verb = "is truncated" if size_bytes < expected.size_bytes else "has grown"
             raise CorruptCheckpoint(f"{name} {verb}: {size_bytes} bytes instead of {expected.size_bytes}")
 
-    def check_chunk(self, index: int) -> None:
-        """Read one chunk and compare it with its checksum. Raises CorruptCheckpoint."""
+    def check_chunk(self, index: int, scratch: memoryview) -> None:
+        """Read one chunk into `scratch`, of CHUNK_BYTES, and compare it with its checksum. Raises CorruptCheckpoint."""
         start, size_bytes = self._bounds(index)
-        self._read_checked(index, start, memoryview(bytearray(size_bytes)))
+        self._read_checked(index, start, scratch[:size_bytes])
 
     def read(self, offset: int, out: memoryview) -> None:
         """Fill `out` from the data file's byte `offset` on. Raises CorruptCheckpoint."""
