@@ -47,7 +47,7 @@ class Fleet:
 
     def __init__(self, root: Path, data: Path) -> None:
         self._root, self._data = root, data
-        self._cluster = Cluster.start("--nodes", "8")
+        self._cluster = Cluster.start("--nodes", str(4 * AT_A_TIME))
         self._pool = ThreadPoolExecutor(AT_A_TIME)
         self.outcomes: dict[tuple[str, int, str], Future[tuple[dict[str, Any], LiveRun]]] = {
             each: self._pool.submit(self._go_through, *each) for each in COMBINATIONS
@@ -62,9 +62,9 @@ class Fleet:
         folder.mkdir()
         site = site_file(folder)
         words = {"kind": kind, "zero_stage": stage, "variant": variant, "data": self._data}
-        job = training_job(folder, **words, partition="gpu")
+        # Whole nodes each: a preemptor sent for one run must not hit another.
+        job = training_job(folder, **words, partition="spot", cpus=8)
         undisturbed = LiveRun.submit(job, site, cwd=folder, env=self._cluster.env)
-        job = training_job(folder, **words, partition="spot")
         run = LiveRun.submit(job, site, cwd=folder, env=self._cluster.env, pace_s=0.5)
         for attempt in range(3):
             self._preempt(run, attempt)

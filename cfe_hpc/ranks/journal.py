@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -14,6 +15,17 @@ from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports and an exec of a program in its place included."""
+    with (
+        open("/proc/self/stat", encoding="ascii", errors="replace") as stat,
+        open("/proc/uptime", encoding="ascii") as up,
+    ):
+        # The name in brackets may hold spaces and brackets itself; starttime is the 20th field after it.
+        started_ticks = int(stat.read().rpartition(")")[2].split()[19])
+        return float(up.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Journal:
@@ -53,6 +65,7 @@ class Journal:
                 "world_size": self._facts.world_size,
                 "hosts": list(self._facts.hosts),
                 "total_steps": total,
+                "startup_seconds": round(process_age_s(), 3),
             },
         )
 
@@ -77,7 +90,12 @@ class Journal:
         self._seconds += now_s - self._began_s
         self._began_s = now_s
         self._steps += 1
-        if not self._speaks or done % self._every_steps:
+        if done % self._every_steps == 0:
+            self.flush(done)
+
+    def flush(self, done: int) -> None:
+        """Write the heartbeat of the steps since the last one; at a logged step, and when the attempt ends."""
+        if not self._speaks or not self._steps:
             return
         values = {name: float(value) for name, value in self._pending.items() if name != "tokens"}
         values["step_seconds"] = self._seconds / self._steps

@@ -189,6 +189,7 @@ class Run:
             metrics: added to those of the last step. A second call only adds its metrics to result.json.
         """
         if not self._journal.finished:
+            self._journal.flush(self._done)
             self._keeper.save(self._done)
             digest = self._keeper.weights_sha256()
             self._journal.close(timeout_s=5.0)
@@ -222,6 +223,7 @@ class Run:
         inquiry = Inquiry(self._scheduler, names) if self.rank == 0 else None
         if self.rank == 0:
             self.folder.append_event("signal", attempt=self.attempt, step=self._done, reason="+".join(names) or "found")
+        self._journal.flush(self._done)
         self._keeper.save(self._done)
         self._journal.close(timeout_s=2.0)
         verdict = conclude(

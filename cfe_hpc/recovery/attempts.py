@@ -26,6 +26,7 @@ class Attempt:
     """One allocation of a run, as far as its events tell. Steps are counts of steps done; times are epoch seconds.
 
     Attributes:
+        started_s: when its rank 0's process began: `started` is said only once torch is loaded and the model built.
         resumed_from: steps done when it took up the work; None when it never came so far, or says nothing of it.
         saved_step: newest step it committed a checkpoint of.
         last_step: newest step any of its events names.
@@ -63,6 +64,10 @@ def epoch_s(stamp: Any) -> float | None:
         return None
 
 
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
 def read_attempts(events: Iterable[dict[str, Any]]) -> list[Attempt]:
     """The attempts in the order of their numbers. Events without an attempt (`submitted`) are passed over.
 
@@ -95,7 +100,8 @@ def _take(attempt: Attempt, event: dict[str, Any]) -> None:
         attempt.last_step = max(attempt.last_step or 0, step)
     if name == "started":
         facts = detail if isinstance(detail, dict) else {}
-        attempt.started_s = attempt.started_s or epoch_s(event.get("time"))
+        if attempt.started_s is None and (said_s := epoch_s(event.get("time"))) is not None:
+            attempt.started_s = said_s - _seconds(facts.get("startup_seconds"))
         attempt.host = event.get("host")
         attempt.job_id = facts.get("job_id", attempt.job_id)
         attempt.total_steps = facts.get("total_steps", attempt.total_steps)
