@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
+import re
 import socket
 import sys
 import threading
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from cfe_hpc.config.load import Loaded
@@ -21,6 +21,7 @@ __all__ = ["WorkTree", "provenance"]
 
 _GIT_TIMEOUT_S = 20.0
 _PACKAGES = ("cfe-hpc", "submitit", "torch", "deepspeed", "h5py", "numpy", "pydantic")
+_RECORD = re.compile(r"(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info")
 
 
 class WorkTree:
@@ -88,10 +89,12 @@ def _user() -> str:
 
 
 def _versions() -> dict[str, str]:
+    """Versions of what is installed, from the names of the records: reading these would cost more than the rest."""
     versions = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+    for folder in sys.path:
+        if not os.path.isdir(folder):
             continue
+        for record in map(_RECORD.fullmatch, os.listdir(folder)):
+            if record is not None and record["name"].lower().replace("_", "-") in _PACKAGES:
+                versions.setdefault(record["name"].lower().replace("_", "-"), record["version"])
     return versions
