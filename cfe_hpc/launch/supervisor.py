@@ -21,6 +21,7 @@ from cfe_hpc import log
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt
+from cfe_hpc.recovery.attempts import KILLED
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.runfolder import RunFolder
 
@@ -172,8 +173,10 @@ def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
         folder.append_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
     else:
         rank, status = attempt.failure
-        how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
-        folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}")
+        killed = status < 0
+        how = f"was killed by {signal.Signals(-status).name}" if killed else f"exited with status {status}"
+        detail = KILLED if killed else None
+        folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)
 
 
 def _write_end(folder: RunFolder, state: str, *, attempt: int, reason: str) -> None:

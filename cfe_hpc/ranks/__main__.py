@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
     from cfe_hpc.ranks.run import join
 
-    facts = read_facts()
+    facts, run = read_facts(), None
     try:
         run = join()
         # `python -m` has put the starting folder on the path, which need not be where the job was submitted.
@@ -48,6 +48,8 @@ def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         _report(folder, facts.attempt, facts.rank, error)
+        if run is not None:
+            run.abandon()
         # Not `return`: threads of a broken collective would keep the interpreter, and so the whole job, from ending.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,12 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.files import append_ndjson
 from cfe_hpc.metrics.exporter import Exporter
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.recovery import ledger
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
+
+_BEAT_KEYS = ("time", "attempt", "step")
 
 
 def process_age_s() -> float:
@@ -57,6 +61,10 @@ class Journal:
         """Note that this attempt's ranks are up. What an earlier attempt wrote of an end is no longer true."""
         if self._speaks:
             self._folder.reopen()
+        books = ledger.summarise(self._folder) if self._speaks else None
+        figures = {"total_steps": total, "lost_steps": books.lost_steps, "goodput": books.goodput} if books else {}
+        known = {name: float(value) for name, value in figures.items() if value is not None}
+        self._exporter.publish(known, step=books.last_step if books else 0)
         self.event(
             "started",
             host=socket.gethostname(),
@@ -110,8 +118,11 @@ class Journal:
         self._pending, self._tokens, self._seconds, self._steps = {}, 0.0, 0.0, 0
 
     def last_values(self) -> dict[str, float]:
-        """The newest value of everything logged in this attempt."""
-        return dict(self._last)
+        """The newest value of everything logged in this attempt; of the run's last heartbeat when it trained no step."""
+        if self._last:
+            return dict(self._last)
+        last = deque(self._folder.heartbeats(), maxlen=1)
+        return {name: value for name, value in last[0].items() if name not in _BEAT_KEYS} if last else {}
 
     def take_metrics(self) -> dict[str, float]:
         """What was logged since the last call: a checkpoint is judged by its own values, not by those of an earlier."""

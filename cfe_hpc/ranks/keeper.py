@@ -64,16 +64,19 @@ class Keeper:
         """
         self._sealed = True
         started_s = time.monotonic()
-        skipped: list[str] = []
-        opened = store.newest(
-            self._root,
-            run_id=self._run_id,
-            attempt=self._place.facts.attempt,
-            group=self._place.group,
-            report=lambda path, why: self._skip(path, why, skipped),
-        )
+        try:
+            opened = store.newest(
+                self._root,
+                run_id=self._run_id,
+                attempt=self._place.facts.attempt,
+                group=self._place.group,
+                report=self._skip,
+            )
+        except CorruptCheckpoint as error:
+            # Starting again at step 0 would rotate away what a person might still mend.
+            remedy = f"mend or remove them, then `cfe-hpc requeue {self._run_id}`"
+            raise CorruptCheckpoint(f"{error}; {remedy}") from error
         if opened is None:
-            self._refuse_to_start_over(skipped)
             self._saved_s = time.monotonic()
             return 0
         self._load(opened)
@@ -82,19 +85,9 @@ class Keeper:
         self._journal.event("resumed", step=opened.step, seconds=round(self._saved_s - started_s, 3))
         return opened.step
 
-    def _skip(self, path: Path, why: str, skipped: list[str]) -> None:
+    def _skip(self, path: Path, why: str) -> None:
         logger.warning("%s: not used: %s", path.name, why)
-        skipped.append(f"{path.name}: {why}")
         self._journal.event("checkpoint_failed", reason="corrupt", detail=f"{path.name}: {why}")
-
-    def _refuse_to_start_over(self, skipped: list[str]) -> None:
-        """Starting again at step 0 beside damaged checkpoints would rotate away what a person might still mend."""
-        told = self._place.group.broadcast("; ".join(skipped).encode()).decode()
-        if told:
-            raise CorruptCheckpoint(
-                f"no checkpoint of this run verifies ({told}); mend or remove them, "
-                f"then `cfe-hpc requeue {self._run_id}`"
-            )
 
     def _load(self, opened: Opened) -> None:
         tracked.restore(

@@ -104,8 +104,8 @@ class Run:
     def track(self, **objects: Any) -> None:
         """Name what a checkpoint holds: anything with state_dict and load_state_dict, or with the Sharded protocol.
 
-        Call it on every rank, with the same names, before `steps`. Models and torch optimizers are taken to be
-        replicated, unless they are sharded; anything else belongs to its rank.
+        Call it on every rank, with the same names, before `steps`. What all ranks hold alike, bit for bit, is
+        written once, divided among them; what differs is each rank's own.
 
         Raises:
             UsageError: the loop has begun, a name is taken, or an object has neither protocol.
@@ -149,7 +149,7 @@ class Run:
             self._in_body = False
             self._done += 1
             self._journal.step_ends(self._done)
-            self._boundary()
+            self._boundary(total)
         self.finish()
 
     def log(self, **values: Any) -> None:
@@ -203,8 +203,14 @@ class Run:
             self.folder.write_result(result)
         self.group.barrier()
 
-    def _boundary(self) -> None:
+    def abandon(self) -> None:
+        """Take the run's figures off the exporter, briefly: the process ends on an error. Not collective."""
+        self._journal.close(timeout_s=2.0)
+
+    def _boundary(self, total: int) -> None:
         bits, save_due = self._agree(time_due=self._keeper.due_by_time())
+        if self._done == total:
+            return  # what is left to do is what a stop would do: save, and write it down
         if bits:
             self._stop(bits)
         if save_due or self._keeper.due_by_step(self._done):

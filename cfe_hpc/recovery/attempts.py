@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-__all__ = ["Attempt", "Cause", "epoch_s", "read_attempts"]
+__all__ = ["KILLED", "Attempt", "Cause", "epoch_s", "read_attempts"]
+
+KILLED = "killed"
+"""`detail` of a `failed` event whose reason is a signal from outside, no error of the job's own."""
 
 Cause = Literal["preempted", "time_limit", "requeue_requested", "node_failure", "cancelled", "failed"]
 
@@ -32,7 +35,8 @@ class Attempt:
         last_step: newest step any of its events names.
         counts_steps: it has said something about steps at all; a plain `command` job never does.
         ended_by: None while nothing says that it ended.
-        error: the first error it reported.
+        error: the first error it reported, or how it died without one.
+        killed: it died by a signal from outside, which says nothing about the job itself.
         requeued: another attempt was asked for or promised.
     """
 
@@ -48,6 +52,7 @@ class Attempt:
     counts_steps: bool = False
     ended_by: Cause | Literal["completed", "held"] | None = None
     error: str | None = None
+    killed: bool = False
     requeued: bool = False
 
     @property
@@ -112,6 +117,7 @@ def _take(attempt: Attempt, event: dict[str, Any]) -> None:
         attempt.saved_step = max(attempt.saved_step or 0, step)
     elif name == "failed":
         attempt.error = attempt.error or str(event.get("reason", ""))
+        attempt.killed = attempt.killed or detail == KILLED
         attempt.ended_by = attempt.ended_by or "failed"
     elif name == "requeued":
         attempt.requeued = True

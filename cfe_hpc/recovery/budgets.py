@@ -54,7 +54,7 @@ def decide(recovery: Recovery, events: Iterable[dict[str, Any]], *, cause: Cause
         if cause == "failed":
             return Decision(action="fail", why=f"{spent}: {current.error or 'no error was reported'}")
         return Decision(action="hold", why=spent)
-    if cause == "failed" and current.error and _seen_before(current.error, earlier):
+    if cause == "failed" and current.error and not current.killed and _seen_before(current.error, earlier):
         return Decision(action="hold", why=f"the same first error twice: {current.error}")
     if _fruitless([*earlier, current]) >= FRUITLESS_LIMIT:
         return Decision(

@@ -1,12 +1,11 @@
-"""Entries for whole-run tests. The shipped training, slowed down so that a test can hit the step it wants to."""
+"""Entries for whole-run tests: the shipped training, slowed down so that a test can hit the step it wants to, and a
+count that needs no torch."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 from typing import Any
-
-from cfe_hpc.train.main import run as train
 
 
 def paced(run: Any) -> None:
@@ -26,4 +25,31 @@ def paced(run: Any) -> None:
                 continue
 
     run.steps = slowly
+    # Here, for the other entries need no torch.
+    from cfe_hpc.train.main import run as train
+
     train(run)
+
+
+class Count:
+    """The smallest thing that has a state: a number that each step adds to."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = state["total"]
+
+
+def counting(run: Any) -> None:
+    """Sum the step numbers, with a pause in each; the end's total tells whether any was skipped or repeated."""
+    count = Count()
+    run.track(count=count)
+    run.expect(variant=run.params["variant"])
+    for step in run.steps(run.params["steps"]):
+        count.total += step
+        run.log(loss=1.0 / (step + 1), val_loss=float(abs(step - 12)), total=count.total)
+        time.sleep(run.params["pause_s"])

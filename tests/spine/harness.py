@@ -39,7 +39,7 @@ def write_job(folder: Path, **tables: Any) -> Path:
     """job.toml in `folder`, with the tests' entries beside it so that ranks find them."""
     shutil.copy(HERE / "entries.py", folder / "entries.py")
     path = folder / "job.toml"
-    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    path.write_text(tomli_w.dumps({key: table for key, table in tables.items() if table is not None}), encoding="utf-8")
     return path
 
 
