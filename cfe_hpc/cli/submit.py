@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from cfe_hpc.launch.plan import plan
     from cfe_hpc.launch.provenance import WorkTree
 
     work_tree = WorkTree(Path.cwd())
+    from cfe_hpc.launch.plan import plan
+
     loaded = common.load_job(args)
     planned = plan(loaded.job, loaded.site, loaded.origins)
     _heed_checks(loaded, planned)

@@ -11,11 +11,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cfe_hpc.config.load import Loaded
-from cfe_hpc.config.run import Provenance
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.runfolder import utc_now
+
+if TYPE_CHECKING:
+    from cfe_hpc.config.load import Loaded
+    from cfe_hpc.config.run import Provenance
 
 __all__ = ["WorkTree", "provenance"]
 
@@ -65,6 +68,8 @@ class WorkTree:
 
 def provenance(loaded: Loaded, work_tree: WorkTree) -> Provenance:
     """The provenance of a run of `loaded`, submitted now, from the current folder."""
+    from cfe_hpc.config.run import Provenance  # late: git shall be at work while the models are being built
+
     python = loaded.site.environment.python
     return Provenance(
         user=_user(),
