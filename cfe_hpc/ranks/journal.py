@@ -118,7 +118,7 @@ class Journal:
         self._pending, self._tokens, self._seconds, self._steps = {}, 0.0, 0.0, 0
 
     def last_values(self) -> dict[str, float]:
-        """The newest value of everything logged in this attempt; of the run's last heartbeat when it trained no step."""
+        """The newest value of everything logged in this attempt; the run's last heartbeat when it trained no step."""
         if self._last:
             return dict(self._last)
         last = deque(self._folder.heartbeats(), maxlen=1)
