@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 __all__ = ["nearest"]
 
@@ -20,6 +19,8 @@ def nearest(wrong: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | N
     for name in names:
         if sorted(re.split(r"[-_ .]", name.lower())) == parts:
             return name
+    from difflib import get_close_matches  # late: only mistakes need it, and every command starts through here
+
     lowered = {name.lower(): name for name in reversed(names)}
     near = get_close_matches(wrong.lower(), lowered, n=1, cutoff=cutoff)
     return lowered[near[0]] if near else None
