@@ -27,7 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "List, verify, prune and export a run's checkpoints."
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     ls = _action(actions, "ls", "the checkpoints of a run, the newest first; their bytes are not read")
-    ls.add_argument("--tensors", action="store_true", help="list the tensors of the newest, or of --step, instead")
+    ls.add_argument(
+        "--tensors", action="store_true", help="the tensors of one checkpoint, the newest unless --step names another"
+    )
     verify = _action(actions, "verify", "read every byte and compare it with its checksum; exit 1 when any differs")
     prune = _action(actions, "prune", "delete what the job's policy does not keep, as a running job would")
     prune.add_argument("--keep-last", metavar="N", type=_positive, help="instead of the job's keep_last")
@@ -36,11 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     export = _action(actions, "export", "write whole tensors, whichever ranks hold them, to one safetensors file")
     export.add_argument("file", metavar="FILE", type=Path, help="the file to write, or to replace")
-    export.add_argument("--only", metavar="PATTERN", action="append", help='only such tensors, e.g. "model/*"')
-    for each in (ls, verify, export):
-        each.add_argument(
-            "--step", metavar="N", type=int, help="this checkpoint alone; ls and verify: all, export: newest"
-        )
+    export.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        help='only tensors whose names match, e.g. "model/*"; may be given again',
+    )
+    for each, otherwise in ((ls, "all"), (verify, "all"), (export, "the newest")):
+        each.add_argument("--step", metavar="N", type=int, help=f"the checkpoint of this step; {otherwise} if left out")
 
 
 def _action(actions: Any, name: str, what: str) -> argparse.ArgumentParser:

@@ -60,7 +60,11 @@ def add_run_argument(parser: argparse.ArgumentParser, *, optional: bool = False,
     parser.add_argument(
         "run", metavar="RUN", nargs=nargs, help="a run id, a unique prefix of one, a run folder, or a job id"
     )
-    add_site_argument(parser)
+    parser.add_argument(
+        "--site",
+        metavar="S",
+        help="look under this site's runs root alone: a name or a path; under those of all profiles when left out",
+    )
 
 
 def load_job(args: argparse.Namespace) -> Loaded:

@@ -43,16 +43,26 @@ def _configure_build(actions: Any) -> None:
     build.add_argument("file", metavar="FILE", type=Path, help="the token file to write")
     build.add_argument("sources", metavar="SOURCE", type=Path, nargs="*", help="files, or folders searched for files")
     build.add_argument("--stdlib", action="store_true", help="the source code of this Python's standard library")
-    build.add_argument("--max-bytes", metavar="SIZE", help="of --stdlib, take at most this much (default 32MiB)")
+    build.add_argument("--max-bytes", metavar="SIZE", help="at most this much of --stdlib (default 32MiB)")
     build.add_argument(
-        "--include", metavar="PATTERN", action="append", default=[], help='only such files of folders, e.g. "*.py"'
+        "--include",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help='only files of folders whose names match, e.g. "*.py"; may be given again',
     )
-    build.add_argument("--dtype", choices=("auto", "uint8", "uint16"), default="auto", help="of the tokens stored")
+    build.add_argument("--dtype", choices=("auto", "uint8", "uint16"), default="auto", help="type of the tokens stored")
     build.add_argument(
-        "--separator", metavar="ID", default="auto", help="token after each document: auto (text 0, arrays none), none"
+        "--separator",
+        metavar="ID",
+        default="auto",
+        help="token put after each document: an id, none, or auto, which is 0 for text and none for arrays (default)",
     )
     build.add_argument(
-        "--vocab-size", metavar="N", type=int, help="ids are below N (default: text 256, arrays top + 1)"
+        "--vocab-size",
+        metavar="N",
+        type=int,
+        help="all ids are below N (default: 256 for text, the largest id + 1 for arrays)",
     )
     build.add_argument(
         "--validation", metavar="SHARE", type=float, default=0.05, help="share of documents held out (default 0.05)"

@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "the logs of a run, one rank's or all merged"),
     "cancel": ("cancel", "stop a run for good"),
     "requeue": ("requeue", "save a run and put it back in the queue"),
-    "checkpoints": ("checkpoints", "list, verify and prune a run's checkpoints"),
+    "checkpoints": ("checkpoints", "list, verify, prune and export a run's checkpoints"),
     "data": ("data", "build and check token files"),
     "sites": ("sites", "list and show site profiles"),
     "config": ("config", "show a job as resolved, and where each value came from"),
@@ -44,7 +44,8 @@ def _overview() -> str:
     rows = "\n".join(f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items())
     return (
         "usage: cfe-hpc VERB ...\n\n"
-        "Train on Slurm clusters without losing a step to preemptions, time limits or dead nodes.\n\n"
+        "Train on Slurm clusters: preemptions and time limits cost no step,\n"
+        "a dead node those since the last checkpoint.\n\n"
         f"{rows}\n\n"
         "`cfe-hpc VERB --help` tells more of one verb. Exit codes: 0 good, 1 the run or check failed,\n"
         "2 usage or configuration, 3 scheduler unreachable or refused, 4 planned and found impossible.\n"

@@ -15,8 +15,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Site profiles: one cluster, one TOML file, in ./site_configs or shipped with the package."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="every profile that --site reaches by name", allow_abbrev=False)
+    listing.description = "Every profile that --site reaches by name: in ./site_configs, and shipped."
     common.add_json_argument(listing)
     show = actions.add_parser("show", help="one profile, every key spelt out", allow_abbrev=False)
+    show.description = "Print one profile as TOML, every key spelt out."
     show.add_argument("name", metavar="NAME", help="name or path of a profile")
     common.add_json_argument(show)
 

@@ -19,7 +19,7 @@ __all__ = ["configure", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "State, attempt, step, lost steps, goodput and heartbeat age of one run, or of all under the runs root. "
+        "State, attempt, step, lost steps, goodput and heartbeat age of one run, or of all there are. "
         "Asks the scheduler once, and only about runs that have not ended."
     )
     common.add_run_argument(parser, optional=True)
