@@ -256,3 +256,20 @@ def test_torn_lines_cost_only_themselves(tmp_path: Path) -> None:
     with open(folder.heartbeat_path, "a") as stream:
         stream.write('{"time":"2026-01-31T10:00:03Z","attempt":0,"st')
     assert summarise(folder).last_step == 2
+
+
+def test_the_start_up_before_the_first_word_is_allocated_time(tmp_path: Path) -> None:
+    started = {"event": "started", "attempt": 0, "time": stamp(30), "detail": {"startup_seconds": 10.0}}
+    summary = summarise(write_run(tmp_path, [started], [beat(0, step, 30 + step) for step in range(1, 21)]))
+    assert summary.allocated_seconds == 30.0
+    assert summary.goodput == round(20 / 30, 4)
+
+
+def test_kills_from_outside_are_no_error_of_the_jobs_own() -> None:
+    def killed(number: int) -> Events:
+        events = attempt(number, resumed=10 * number or None, saved=10 * number + 10, reason="failed")
+        said = {"event": "failed", "attempt": number, "reason": "rank 0 was killed by SIGKILL", "detail": "killed"}
+        return [*events[:-1], said, events[-1]]
+
+    decision = decide(Recovery(failures=5), killed(0) + killed(1)[:-1], cause="failed")
+    assert decision.action == "requeue", decision.why
