@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from cfe_hpc.data.loader import EvalBatch
 from cfe_hpc.train.config import Params
 from cfe_hpc.train.engine import TrainingEngine
 
-__all__ = ["Evaluations", "held_out_loss", "sum_over_ranks"]
+__all__ = ["Evaluations", "averaging_over_ranks", "held_out_loss"]
 
 
 class Evaluations:
@@ -64,12 +65,22 @@ def held_out_loss(
         weight_B = torch.from_numpy(batch.weights).to(device)
         loss_B = engine.evaluate(tokens[:, :-1], tokens[:, 1:])
         total += torch.stack(((loss_B * weight_B).sum(), weight_B.sum()))
-    loss, weight = sum_over_ranks(total).tolist()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    loss, weight = total.tolist()
     return float(loss / weight)
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """`value` added up over all ranks, in place. Collective when torch.distributed is up."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-    return value
+@contextmanager
+def averaging_over_ranks(value: Tensor) -> Iterator[None]:
+    """While the body runs, `value` is averaged over all ranks, in place. Collective, as the body may be.
+
+    Beside an optimizer's step it is nearly free; on its own it would make ranks wait for each other once more.
+    """
+    if not torch.distributed.is_initialized():
+        yield
+        return
+    work = torch.distributed.all_reduce(value, async_op=True)
+    yield
+    work.wait()
+    value /= torch.distributed.get_world_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from cfe_hpc.ranks.run import Run
 from cfe_hpc.train.config import Params, grad_accum_steps, read_params
 from cfe_hpc.train.corpus import token_file
 from cfe_hpc.train.engine import TrainingEngine, make_engine
-from cfe_hpc.train.evaluate import Evaluations, held_out_loss, sum_over_ranks
+from cfe_hpc.train.evaluate import Evaluations, averaging_over_ranks, held_out_loss
 from cfe_hpc.train.model import Transformer
 from cfe_hpc.train.optim import rate_at
 
-__all__ = ["run"]
+__all__ = ["run", "train_step"]
 
 
 def run(run: Run) -> None:
@@ -62,9 +63,8 @@ def run(run: Run) -> None:
         if evaluations.due is not None:  # before the first step, or cut short by a stop
             evaluate(lambda: run.check_stop(updated=False))
         rate = rate_at(step, params)
-        loss, norm = _train_step(engine, loader, rate, device=device, accumulate=accumulate)
-        if (step + 1) % run.spec.job.metrics.every_steps == 0:
-            loss = sum_over_ranks(loss) / run.world_size
+        logged = (step + 1) % run.spec.job.metrics.every_steps == 0
+        loss, norm = train_step(engine, loader, rate, device=device, accumulate=accumulate, mean_loss=logged)
         run.log(loss=loss, grad_norm=norm, lr=rate, tokens=params.global_batch * params.seq_len)
         if evaluations.step_done(step + 1):
             evaluate(run.check_stop)
@@ -98,14 +98,29 @@ def _require_vocab(windows: TokenWindows, params: Params, spec: RunSpec) -> None
         raise ConfigError([problem])
 
 
-def _train_step(
-    engine: TrainingEngine, loader: BatchLoader, rate: float, *, device: torch.device, accumulate: int
+def train_step(
+    engine: TrainingEngine,
+    loader: BatchLoader,
+    rate: float,
+    *,
+    device: torch.device,
+    accumulate: int,
+    mean_loss: bool,
 ) -> tuple[Tensor, Tensor | float]:
-    """One optimizer step: (this rank's mean loss, norm of the gradient before clipping)."""
+    """One optimizer step. Collective.
+
+    Args:
+        mean_loss: average the loss over ranks; this rank's own otherwise.
+
+    Returns:
+        (mean loss in nats, norm of the gradient before clipping).
+    """
     windows = torch.from_numpy(loader.next_batch()).to(device)
     losses = [
         engine.forward_backward(micro[:, :-1], micro[:, 1:], is_last=index == accumulate - 1)
         for index, micro in enumerate(windows.chunk(accumulate))
     ]
-    norm = engine.step(rate)
-    return torch.stack(losses).mean(), norm
+    loss = torch.stack(losses).mean()
+    with averaging_over_ranks(loss) if mean_loss else nullcontext():
+        norm = engine.step(rate)
+    return loss, norm

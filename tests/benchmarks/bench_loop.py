@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,8 +36,7 @@ def entry(run: Any) -> None:
 
     from cfe_hpc.train.config import read_params
     from cfe_hpc.train.engine import make_engine
-    from cfe_hpc.train.evaluate import sum_over_ranks
-    from cfe_hpc.train.main import _data, _train_step
+    from cfe_hpc.train.main import _data, train_step
     from cfe_hpc.train.model import Transformer
     from cfe_hpc.train.optim import rate_at
 
@@ -66,9 +66,9 @@ def entry(run: Any) -> None:
             plain_seconds.append(time.perf_counter() - plain_started_s)
             run.group.barrier()
             started_s = time.perf_counter()
-        loss, norm = _train_step(engine, loader, rate_at(step, params), device=device, accumulate=accumulate)
-        loss = sum_over_ranks(loss) / run.world_size
-        run.log(loss=loss, grad_norm=norm, lr=rate_at(step, params), tokens=params.global_batch * params.seq_len)
+        rate = rate_at(step, params)
+        loss, norm = train_step(engine, loader, rate, device=device, accumulate=accumulate, mean_loss=True)
+        run.log(loss=loss, grad_norm=norm, lr=rate, tokens=params.global_batch * params.seq_len)
     if run.rank == 0:
         measured = {"plain": plain_seconds[: len(our_seconds)], "cfe_hpc": our_seconds}
         (run.folder.path / "bench.json").write_text(json.dumps(measured))
@@ -115,13 +115,17 @@ def measure(rounds: int, per_round: int, settings: Sequence[str]) -> dict[str, l
         words = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-m", "cfe_hpc", "submit", str(job), "--site", "local", "--wait", "--json", *words]
         environment = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600, check=False
+            )
+        finally:
+            for run in Path(folder).glob("runs/*/*"):
+                if not (run / "result.json").exists():
+                    subprocess.run([sys.executable, "-m", "cfe_hpc", "cancel", str(run)], timeout=60, check=False)
         if done.returncode != 0:
-            print(done.stderr, file=sys.stderr)
-            for log in sorted(Path(folder).glob("runs/*/*/logs/*.err")):
-                print(log.read_text()[-2000:], file=sys.stderr)
+            logs = [log.read_text()[-2000:] for log in sorted(Path(folder).glob("runs/*/*/logs/*.err"))]
+            print(done.stderr, *logs, sep="\n", file=sys.stderr)
             raise SystemExit(f"the benchmark's run failed with exit code {done.returncode}")
         run_dir = json.loads(done.stdout)["run_dir"]
         seconds: dict[str, list[float]] = json.loads(Path(folder, run_dir, "bench.json").read_text())
@@ -136,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `cfe-hpc submit`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is cancelled too
     seconds = measure(args.rounds, args.steps, args.set)
     rates = {name: [args.steps / value for value in values] for name, values in seconds.items()}
     ratios = [ours / plain for ours, plain in zip(rates["cfe_hpc"], rates["plain"], strict=True)]
