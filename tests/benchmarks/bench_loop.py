@@ -135,8 +135,8 @@ def measure(rounds: int, per_round: int, settings: Sequence[str]) -> dict[str, l
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the goal is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="pairs of measurements (30)")
-    parser.add_argument("--steps", type=int, default=8, help="steps of each loop in a round (8)")
+    parser.add_argument("--rounds", type=int, default=60, help="pairs of measurements (60)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round (4)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `cfe-hpc submit`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
