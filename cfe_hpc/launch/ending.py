@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import getpass
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.backend import Backend, backend_for
-from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job
+from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, unused_attempt
 from cfe_hpc.launch.states import JobState, RunState
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Outcome", "cancel", "requeue"]
 
+_ENDING_S = 30.0
 _OVER: tuple[RunState, ...] = ("COMPLETED", "FAILED", "CANCELLED")
 
 
@@ -83,10 +85,23 @@ def requeue(folder: RunFolder) -> Outcome:
         raise UsageError(f"{folder.run_id}: was cancelled, and a cancelled run is never requeued; submit the job again")
     backend = backend_for(spec.site.scheduler)
     job = latest_job(folder)
-    known = None if job is None else backend.states([job]).get(str(job["job_id"]))
+    known = None if job is None else _settled(backend, job, spec, ended=state is not None)
     if job is None or known is None or known.state in _OVER:
         return _resubmit(folder, spec, backend)
     return _nudge(folder, spec, backend, job, known)
+
+
+def _settled(backend: Backend, job: dict[str, object], spec: RunSpec, *, ended: bool) -> JobState | None:
+    """What the scheduler knows of the job, once a job whose ranks have `ended` is over: until then its batch script,
+    or supervisor, may still look at what they left."""
+    deadline_s = time.monotonic() + _ENDING_S
+    while True:
+        known = backend.states([job]).get(str(job["job_id"]))
+        if not ended or known is None or known.state != "RUNNING":
+            return known
+        if time.monotonic() > deadline_s:
+            raise SchedulerError(f"job {known.job_id}: is still ending ({known.word}); try again in a moment")
+        time.sleep(min(1.0, spec.site.slurm.poll_interval))
 
 
 def _nudge(folder: RunFolder, spec: RunSpec, backend: Backend, job: dict[str, object], known: JobState) -> Outcome:
@@ -109,11 +124,10 @@ def _nudge(folder: RunFolder, spec: RunSpec, backend: Backend, job: dict[str, ob
 
 def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
     attempt = latest_attempt(folder)
-    next_attempt = 0 if attempt is None else attempt + 1
     result, held = folder.result(), folder.promised("held")
     folder.reopen()
     try:
-        job_id = backend.resubmit(spec, folder, next_attempt=next_attempt)
+        job_id = backend.resubmit(spec, folder, next_attempt=unused_attempt(folder))
     except SchedulerError:
         if held is not None:
             folder.promise("held", **held)

@@ -6,7 +6,7 @@ from typing import Any
 
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["all_jobs", "latest_attempt", "latest_job"]
+__all__ = ["all_jobs", "latest_attempt", "latest_job", "unused_attempt"]
 
 
 def all_jobs(folder: RunFolder) -> list[dict[str, Any]]:
@@ -29,3 +29,10 @@ def latest_attempt(folder: RunFolder) -> int | None:
     """Number of the newest attempt that started; None before the first."""
     attempts = [event["attempt"] for event in folder.events() if event.get("event") == "started"]
     return max((attempt for attempt in attempts if isinstance(attempt, int)), default=None)
+
+
+def unused_attempt(folder: RunFolder) -> int:
+    """A number for the next attempt that no earlier one has left a word under: promises are made once per number,
+    and an attempt that died while it was starting up has made some, too."""
+    attempts = [event.get("attempt") for event in folder.events()]
+    return 1 + max((attempt for attempt in attempts if isinstance(attempt, int)), default=-1)
