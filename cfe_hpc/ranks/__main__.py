@@ -25,12 +25,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = RunSpec.read(folder.run_toml)
     os.environ["CFE_RUN_DIR"] = str(folder.path)
     os.chdir(spec.provenance.workdir)
+    if (code := _not_to_begin(folder)) is not None:
+        return code
     if spec.job.command is not None:
         from cfe_hpc.ranks.command import run_command
 
         return run_command(folder, spec, read_facts())
     signals.install()
     return _run_entry(folder, spec)
+
+
+def _not_to_begin(folder: RunFolder) -> int | None:
+    """The status to exit with when no further attempt of this run may begin; None when one may.
+
+    A scheduler starts attempts on its own, too: Slurm from 24.05 on requeues a job that ends in its grace time, and
+    a `cancel` may cross with a requeue.
+    """
+    cancel, held = folder.promised("cancel"), folder.promised("held")
+    if cancel is not None:
+        print(f"cfe_hpc: {folder.run_id} was cancelled: no attempt begins", file=sys.stderr)
+        facts = read_facts()
+        if facts.rank == 0 and folder.result() is None:
+            folder.append_event("cancelled", attempt=facts.attempt, reason="cancelled before the attempt began")
+            result = {"state": "CANCELLED", "reason": "cancelled by the user", "attempts": facts.attempt + 1}
+            folder.write_result(result)
+        return 0
+    if held is not None:
+        print(
+            f"error: {folder.run_id}: is held ({held.get('reason')}); send it back with `cfe-hpc requeue "
+            f"{folder.run_id}`",
+            file=sys.stderr,
+        )
+        return 1
+    return None
 
 
 def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
@@ -45,7 +72,10 @@ def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
         getattr(import_module(module), function)(run)
         _leave_process_group()
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and (run is None or not run.ended):
+            _report(folder, facts.attempt, facts.rank, end)
+        return code
     except BaseException as error:
         _report(folder, facts.attempt, facts.rank, error)
         if run is not None:

@@ -4,10 +4,14 @@ The wrapper is what the scheduler signals on sites that signal only the step's d
 signal once. A program that joins the run does the rest itself (save, agreement, requeue): the wrapper then finds the
 promise of a requeue in the run folder and makes no second one. A program that never heard of cfe_hpc is requeued
 when it ends after a stop signal, whatever its exit status.
+
+Each rank's wrapper leaves a note of how its program ended; rank 0's reads them and decides for all. A signal alone
+does not make a stop: srun sends TERM to the other ranks when one has failed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -15,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
 from cfe_hpc import log
 from cfe_hpc.checkpoints.protocols import SoloGroup
@@ -35,6 +40,9 @@ __all__ = ["run_command"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_SLOWEST_POLL_S = 5.0
+_SIGNAL_SKEW_S = 2.0
+"""A stop reaches the nodes one after the other: a program that fails may have missed a peer that was told first."""
 
 
 class _Child:
@@ -62,9 +70,10 @@ class _Child:
         self.seen.append(name)
         self._process.send_signal(signum)
 
-    def wait(self) -> int:
+    def poll(self) -> int | None:
+        """Its status as subprocess tells it; None while it runs."""
         assert self._process is not None
-        return self._process.wait()
+        return self._process.poll()
 
 
 def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
@@ -92,12 +101,11 @@ def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         folder.append_event("failed", attempt=facts.attempt, rank=facts.rank, reason=f"{argv[0]}: {error.strerror}")
         logger.error("%s: cannot be started: %s", argv[0], error.strerror)
         return 127
-    status = child.wait()
-    _leave_mark(folder, facts, status)
     if facts.rank == 0:
-        _wait_for_ranks(folder, spec, facts)
-        return _settle(folder, spec, facts, child, status)
-    return 0 if child.seen else _exit_code(status)
+        return _Leader(folder, spec, facts, child).attend()
+    while (status := child.poll()) is None:
+        time.sleep(_POLL_S)
+    return _leave(folder, facts, child, status)
 
 
 def _exit_code(status: int) -> int:
@@ -105,57 +113,124 @@ def _exit_code(status: int) -> int:
     return 128 - status if status < 0 else status
 
 
-def _leave_mark(folder: RunFolder, facts: RankFacts, status: int) -> None:
-    folder.promise(f"exit-{facts.attempt}.{facts.rank}", status=status, rank=facts.rank)
-
-
-def _wait_for_ranks(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> None:
-    """Wait until every rank's program has ended, within the grace: after a requeue the rest are killed."""
-    deadline_s = time.monotonic() + max(5.0, spec.plan.preemption.grace)
-    missing = set(range(facts.world_size))
-    while missing and time.monotonic() < deadline_s:
-        missing = {rank for rank in missing if folder.promised(f"exit-{facts.attempt}.{rank}") is None}
-        if missing:
-            time.sleep(_POLL_S)
-
-
-def _settle(folder: RunFolder, spec: RunSpec, facts: RankFacts, child: _Child, status: int) -> int:
-    """What becomes of the run: rank 0's wrapper decides, unless the program joined and has decided already."""
-    result = folder.result()
-    if result is not None or folder.promised(f"requeued-{facts.attempt}") or folder.promised("held"):
-        return 0 if child.seen or (result or {}).get("state") == "COMPLETED" else _exit_code(status)
+def _leave(folder: RunFolder, facts: RankFacts, child: _Child, status: int) -> int:
+    """Note how this rank's program ended; the status to exit with."""
+    if status and not child.seen:
+        time.sleep(_SIGNAL_SKEW_S)
+    folder.promise(f"exit-{facts.attempt}.{facts.rank}", rank=facts.rank, status=status, signals=child.seen)
     if child.seen:
-        scheduler = choose(folder, facts, spec.plan)
-        folder.append_event("signal", attempt=facts.attempt, reason="+".join(child.seen))
-        verdict = conclude(
-            folder,
-            scheduler,
-            spec.job.recovery,
-            SoloGroup(),
-            inquiry=Inquiry(scheduler, child.seen),
-            attempt=facts.attempt,
-            step=None,
-            started_s=child.first_s,
-        )
-        if verdict.action == "cancelled":
-            _write_result(folder, facts, "CANCELLED")
-        if verdict.action == "killed":
-            time.sleep(spec.plan.preemption.grace + spec.site.slurm.kill_wait + 60.0)
-        return verdict.exit_code
-    if status == 0:
-        folder.append_event("completed", attempt=facts.attempt)
-        _write_result(folder, facts, "COMPLETED")
         return 0
-    folder.append_event("failed", attempt=facts.attempt, rank=0, reason=f"exit status {_exit_code(status)}")
+    if status and not _decided(folder, facts.attempt):
+        reason = f"exit status {_exit_code(status)}"
+        folder.append_event("failed", attempt=facts.attempt, rank=facts.rank, reason=reason)
     return _exit_code(status)
 
 
-def _write_result(folder: RunFolder, facts: RankFacts, state: str) -> None:
+def _decided(folder: RunFolder, attempt: int) -> bool:
+    """Whether a program that joined has said what becomes of the run."""
+    return bool(folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("held"))
+
+
+class _Leader:
+    """Rank 0's wrapper: waits for its own program and for word of the others', and says what becomes of the run."""
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, facts: RankFacts, child: _Child) -> None:
+        self._folder, self._spec, self._facts, self._child = folder, spec, facts, child
+        self._scheduler = choose(folder, facts, spec.plan)
+        self._inquiry: Inquiry | None = None
+
+    def attend(self) -> int:
+        """Wait for the end; the status to exit with."""
+        while (status := self._child.poll()) is None and not self._must_act():
+            time.sleep(_POLL_S)
+        if status is None:
+            code = 0 if _decided(self._folder, self._facts.attempt) else self._settle(self._ends())
+            while self._child.poll() is None:  # it has until the kill
+                time.sleep(_POLL_S)
+            return code
+        code = _leave(self._folder, self._facts, self._child, status)
+        # A failure ends the other ranks only once this one is gone; the batch script takes it from there.
+        if _decided(self._folder, self._facts.attempt) or (code and not self._child.seen):
+            return _exit_code(status)
+        return self._settle(self._wait_for_ranks())
+
+    def _must_act(self) -> bool:
+        """Whether the run is lost unless something is done while the program still runs."""
+        late = self._out_of_time()
+        return late and self._inquiry is not None and self._inquiry.answer()[0] == "preempted"
+
+    def _out_of_time(self) -> bool:
+        """Whether a stop leaves no more time to wait in. Asks why it came as soon as it has come."""
+        if not self._child.seen:
+            return False
+        if self._inquiry is None:
+            self._folder.append_event("signal", attempt=self._facts.attempt, reason="+".join(self._child.seen))
+            self._inquiry = Inquiry(self._scheduler, self._child.seen, self._spec)
+        if not self._inquiry.answered or self._child.first_s is None:
+            return False
+        plan, kill_wait_s = self._spec.plan, self._spec.site.slurm.kill_wait
+        if self._inquiry.answer()[0] == "preempted":
+            # A successor must be on its way before the kill; what is to be requeued, Slurm requeues at the kill.
+            left_s = (plan.preemption.grace or kill_wait_s) * (0.6 if plan.preemption.mode == "cancel" else 1.0)
+        else:
+            left_s = max(plan.signal_lead_s, kill_wait_s)
+        return time.monotonic() > self._child.first_s + left_s
+
+    def _wait_for_ranks(self) -> list[dict[str, Any]]:
+        """The notes of all ranks; those that there are when a stop leaves no more time."""
+        pause_s = _POLL_S
+        while len(ends := self._ends()) < self._facts.world_size and not self._out_of_time():
+            time.sleep(pause_s)
+            pause_s = _POLL_S if self._child.seen else min(_SLOWEST_POLL_S, pause_s * 1.5)
+        return ends
+
+    def _ends(self) -> list[dict[str, Any]]:
+        # By listing: NFS clients go on believing for a minute that a name they asked for is not there.
+        names = self._folder.control.glob(f"exit-{self._facts.attempt}.*")
+        return [json.loads(path.read_text(encoding="utf-8")) for path in names]
+
+    def _settle(self, ends: list[dict[str, Any]]) -> int:
+        failed = next((end for end in ends if end["status"] and not end["signals"]), None)
+        signals = sorted({name for end in ends for name in end["signals"]} | set(self._child.seen))
+        if signals:
+            inquiry = self._inquiry or Inquiry(self._scheduler, signals, self._spec)
+            by_hand = inquiry.answer()[0] == "requeue_requested" and not self._requeue_asked()
+            if failed is None or not by_hand:
+                return self._stop(inquiry)
+        if failed is not None:
+            return _exit_code(int(failed["status"]))
+        self._folder.append_event("completed", attempt=self._facts.attempt)
+        _write_result(self._folder, self._facts, "COMPLETED")
+        return 0
+
+    def _requeue_asked(self) -> bool:
+        return self._folder.promised(f"requeue-{self._facts.attempt}") is not None
+
+    def _stop(self, inquiry: Inquiry) -> int:
+        verdict = conclude(
+            self._folder,
+            self._scheduler,
+            self._spec,
+            SoloGroup(),
+            inquiry=inquiry,
+            attempt=self._facts.attempt,
+            step=None,
+            started_s=self._child.first_s,
+        )
+        if verdict.action == "cancelled":
+            _write_result(self._folder, self._facts, "CANCELLED")
+        elif verdict.action == "held":
+            _write_result(self._folder, self._facts, "HELD", reason=verdict.why)
+        return verdict.exit_code
+
+
+def _write_result(folder: RunFolder, facts: RankFacts, state: str, **more: Any) -> None:
     """A program that did not join counts no steps: the figures that need them are absent, not invented."""
     summary = ledger.summarise(folder)
     folder.write_result(
         {
             "state": state,
+            **more,
             "final_step": None,
             "attempts": facts.attempt + 1,
             "lost_steps": None,

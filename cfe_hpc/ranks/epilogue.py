@@ -1,7 +1,9 @@
 """`python -m cfe_hpc.ranks.epilogue RUN_DIR STATUS`: what the batch script does when srun has returned.
 
-A stop has been dealt with by the ranks. What is left is an attempt that ended badly by itself: its budget decides
-whether Slurm gets the job back. A job that Slurm is ending anyway is left to Slurm.
+A stop has been dealt with by the ranks, as a rule. What is left is an attempt that ended badly by itself, or without
+a word: its budget decides whether Slurm gets the job back. A job that is being preempted, or out of time, comes here
+when its ranks broke down instead of saving: to exit now would lose it, so it is requeued for that reason. A job that
+Slurm is ending for good is left to Slurm.
 """
 
 from __future__ import annotations
@@ -12,43 +14,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
-from cfe_hpc.process import CommandError, run
-from cfe_hpc.ranks.scheduler import JobRecord
+from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold
 from cfe_hpc.recovery import ledger
+from cfe_hpc.recovery.attempts import Cause
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["close_failed_attempt", "main"]
 
-_SCONTROL_TIMEOUT_S = 30.0
 _GATEWAY_TIMEOUT_S = 5.0
 
 
-def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int) -> bool:
+def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int, cause: Cause = "failed") -> bool:
     """Decide what follows an attempt whose ranks ended with `status` and no word about a next one.
 
     Writes the events, and result.json when nothing follows. The batch script and the local supervisor call it.
+
+    Args:
+        cause: "preempted" or "time_limit" when the ranks ended inside such a stop, which then counts instead.
 
     Returns:
         True when another attempt shall follow: it is promised, and the caller starts or requests it.
     """
     spec = RunSpec.read(folder.run_toml)
     withdraw(spec, run_id=spec.run_id, timeout_s=_GATEWAY_TIMEOUT_S)  # ranks that died could not
-    if not any(e["event"] == "failed" and e.get("attempt") == attempt for e in folder.events()):
-        folder.append_event("failed", attempt=attempt, reason=f"the ranks ended with status {status}")
-    decision = decide(spec.job.recovery, folder.events(), cause="failed")
+    if cause == "preempted":
+        folder.append_event("preempted", attempt=attempt, detail="the ranks ended without having saved")
+    elif not any(e["event"] == "failed" and e.get("attempt") == attempt for e in folder.events()):
+        how = f"with status {status}" if status else "without a result"
+        folder.append_event("failed", attempt=attempt, reason=f"the ranks ended {how}")
+    decision = decide(spec.job.recovery, folder.events(), cause=cause)
     if decision.action == "requeue":
-        folder.append_event("requeued", attempt=attempt, reason="failed", detail=decision.why)
-        return folder.promise(f"requeued-{attempt}", reason="failed")
+        folder.append_event("requeued", attempt=attempt, reason=cause, detail=decision.why)
+        return folder.promise(f"requeued-{attempt}", reason=cause)
     if decision.action == "hold":
         hold(folder, attempt=attempt, step=None, why=decision.why)
+    _write_end(folder, "HELD" if decision.action == "hold" else "FAILED", attempt=attempt, reason=decision.why)
+    return False
+
+
+def _write_end(folder: RunFolder, state: str, *, attempt: int, reason: str) -> None:
     summary = ledger.summarise(folder)
     folder.write_result(
         {
-            "state": "HELD" if decision.action == "hold" else "FAILED",
-            "reason": decision.why,
+            "state": state,
+            "reason": reason,
             "final_step": summary.last_step,
             "attempts": attempt + 1,
             "lost_steps": summary.lost_steps,
@@ -58,7 +71,6 @@ def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int) -> boo
             "metrics": {},
         }
     )
-    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,18 +78,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir, status = (sys.argv[1:] if argv is None else argv)[:2]
     folder = RunFolder(Path(run_dir))
     attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if int(status) == 0 or folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("cancel"):
+    if folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("cancel"):
+        return 0
+    held = folder.promised("held")
+    if held is not None:
+        _write_end(folder, "HELD", attempt=attempt, reason=str(held.get("reason", "")))
         return 0
     job_id = os.environ["SLURM_JOB_ID"]
     try:
-        record = JobRecord.parse(run(["scontrol", "show", "job", "-o", job_id], timeout_s=_SCONTROL_TIMEOUT_S).stdout)
-        if record.state != "RUNNING" or record.preempt_time is not None or record.past_limit:
+        record = show_job(job_id)
+        if record.state != "RUNNING":
             return 0
-        if close_failed_attempt(folder, attempt=attempt, status=int(status)):
-            run(["scontrol", "requeue", job_id], timeout_s=_SCONTROL_TIMEOUT_S)
-    except CommandError as error:
+        if close_failed_attempt(folder, attempt=attempt, status=int(status), cause=_cause(record)):
+            _request(folder, job_id, attempt)
+    except CfeError as error:
         print(f"cfe_hpc: {error}", file=sys.stderr)
     return 0
+
+
+def _cause(record: JobRecord) -> Cause:
+    if record.preempt_time is not None:
+        return "preempted"
+    return "time_limit" if record.past_limit else "failed"
+
+
+def _request(folder: RunFolder, job_id: str, attempt: int) -> None:
+    """Ask for the attempt that is promised; a run that cannot be requeued is held, lest it looks as if it waited."""
+    plan = RunSpec.read(folder.run_toml).plan
+    try:
+        ask_for_another(folder, plan, job_id, next_attempt=attempt + 1)
+    except CfeError as error:
+        why = f"another attempt is due, but the requeue failed: {error}"
+        hold(folder, attempt=attempt, step=None, why=why)
+        _write_end(folder, "HELD", attempt=attempt, reason=why)
 
 
 if __name__ == "__main__":

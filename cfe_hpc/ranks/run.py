@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +70,7 @@ class Run:
         params: the job's [params], free-form.
         spec: run.toml.
         group: all ranks, for small collectives beside the training's own.
+        ended: a stop has ended this attempt: the SystemExit on its way is no failure of the script's.
     """
 
     def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, flag: signals.StopFlag) -> None:
@@ -87,7 +87,7 @@ class Run:
         self._journal = Journal(folder, spec, facts, exporter)
         self._keeper = Keeper(folder, spec, place, self._journal)
         self._done = 0
-        self._in_body = False
+        self._in_body = self.ended = False
         self._stop_at_once = self.rank == 0 and self._scheduler.stopping_already()
 
     def init_distributed(self) -> None:
@@ -141,7 +141,7 @@ class Run:
             raise
         bits, _ = self._agree(time_due=False)
         if bits:
-            self._stop(bits)
+            self._stop(bits, self._done)
         self._journal.step_begins()
         while self._done < total:
             self._in_body = True
@@ -173,10 +173,7 @@ class Run:
         """
         bits, _ = self._agree(time_due=False)
         if bits:
-            if self._in_body and updated:
-                self._done += 1
-                self._journal.step_ends(self._done)
-            self._stop(bits)
+            self._stop(bits, self._done + int(self._in_body and updated))
 
     def checkpoint(self) -> None:
         """Save now, whatever the schedule says. Collective; inside the body of `steps`, the update must be done."""
@@ -212,7 +209,7 @@ class Run:
         if self._done == total:
             return  # what is left to do is what a stop would do: save, and write it down
         if bits:
-            self._stop(bits)
+            self._stop(bits, self._done)
         if save_due or self._keeper.due_by_step(self._done):
             self._keeper.save(self._done)
             self._journal.step_begins()
@@ -223,45 +220,56 @@ class Run:
         agreed = self.group.all_max([stop_bits, int(time_due and self.rank == 0)])
         return agreed[0], bool(agreed[1])
 
-    def _stop(self, bits: int) -> None:
-        """Save on all ranks, learn why, and end this attempt. Collective."""
-        names = signals.StopFlag.names(bits)
-        inquiry = Inquiry(self._scheduler, names) if self.rank == 0 else None
-        if self.rank == 0:
-            self.folder.append_event("signal", attempt=self.attempt, step=self._done, reason="+".join(names) or "found")
-        self._journal.flush(self._done)
-        self._keeper.save(self._done)
+    def _stop(self, bits: int, done: int) -> None:
+        """Save on all ranks after `done` steps, learn why, and end this attempt. Collective.
+
+        It returns only when nobody could say why and nobody killed the attempt: then it goes on, for a scheduler
+        that cannot be reached cannot start another one.
+        """
+        names, started_s = signals.StopFlag.names(bits), self._flag.first_s
+        self._flag.clear()
+        self._stop_at_once = False
+        inquiry = Inquiry(self._scheduler, names, self.spec) if self.rank == 0 else None
+        if done > self._done:
+            self._journal.step_ends(done)
+        self._journal.event("signal", step=done, reason="+".join(names) or "found")
+        self._journal.flush(done)
+        self._keeper.save(done)
+        if self._unanswered(inquiry):
+            self._journal.step_begins()
+            return
+        self._done = done
         self._journal.close(timeout_s=2.0)
         verdict = conclude(
             self.folder,
             self._scheduler,
-            self.spec.job.recovery,
+            self.spec,
             self.group,
             inquiry=inquiry,
             attempt=self.attempt,
-            step=self._done,
-            started_s=self._flag.first_s,
+            step=done,
+            started_s=started_s,
         )
         self._end(verdict, names)
 
+    def _unanswered(self, inquiry: Inquiry | None) -> bool:
+        silent = inquiry is not None and inquiry.answer()[0] == "unknown"
+        if silent:
+            logger.warning("told to stop and saved, but neither told why nor killed: going on")
+        return bool(self.group.all_max([int(silent)])[0])
+
     def _end(self, verdict: Verdict, names: list[str]) -> None:
+        self.ended = True
         if self.rank == 0:
             logger.info("stopping at step %d: %s (%s)", self._done, verdict.action, verdict.why)
         if verdict.action == "cancelled":
             self._write_result("CANCELLED")
         elif verdict.action == "held":
             self._write_result("HELD", reason=verdict.why)
-        elif verdict.action == "killed":
-            self._await_kill()
         if self._place.facts.scheduler == "none":
             # Whoever started this by hand sees what any program stopped by that signal shows.
             raise SystemExit(128 + signal.Signals[names[0]])
         raise SystemExit(verdict.exit_code)
-
-    def _await_kill(self) -> None:
-        limit_s = self.spec.plan.preemption.grace + self.spec.site.slurm.kill_wait + 60.0
-        logger.warning("saved; staying alive for the scheduler's kill, %.0f s at most", limit_s)
-        time.sleep(limit_s)
 
     def _write_result(self, state: str, **more: Any) -> None:
         if self.rank != 0:

@@ -20,12 +20,22 @@ from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import parse_duration_s
 
-__all__ = ["Cause", "JobRecord", "LocalScheduler", "NoScheduler", "Scheduler", "SlurmScheduler", "choose"]
+__all__ = [
+    "Cause",
+    "JobRecord",
+    "LocalScheduler",
+    "NoScheduler",
+    "Scheduler",
+    "SlurmScheduler",
+    "ask_for_another",
+    "choose",
+    "show_job",
+]
 
 logger = logging.getLogger(__name__)
 
 Cause = Literal[
-    "preempted", "time_limit", "cancelled", "requeue_requested", "requeued_already", "node_failure", "unknown"
+    "preempted", "time_limit", "cancelled", "requeue_requested", "requeued_already", "node_failure", "failed", "unknown"
 ]
 
 # scontrol waits for a busy slurmctld; a stop cannot wait for ever, and its grace is seconds on some sites.
@@ -68,7 +78,8 @@ class JobRecord:
     @classmethod
     def parse(cls, shown: str) -> JobRecord:
         """Read the output of `scontrol show job -o ID`."""
-        words = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        # The first of a name counts: paths and comments, which may hold anything, come last.
+        words = dict(word.split("=", 1) for word in reversed(shown.split()) if "=" in word)
         limit_s, run_s = _seconds(words.get("TimeLimit")), _seconds(words.get("RunTime"))
         return cls(
             state=words.get("JobState", "UNKNOWN"),
@@ -112,20 +123,16 @@ class SlurmScheduler:
         self._folder, self._facts, self._plan = folder, facts, plan
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
-    def _record(self) -> JobRecord:
-        shown = run(["scontrol", "show", "job", "-o", self._facts.job_id], timeout_s=_SCONTROL_TIMEOUT_S).stdout
-        return JobRecord.parse(shown)
-
     def why(self, signals: list[str]) -> tuple[Cause, str]:
         asked = asked_by_user(self._folder, self._facts.attempt)
         if asked:
             return asked
         try:
-            verdict = self._judge(self._record(), signals, time.time())
+            verdict = self._judge(show_job(self._facts.job_id), signals, time.time())
             if verdict[0] == "requeue_requested" and "SIGTERM" in signals:
                 # A record read in the very moment of a scancel may still say RUNNING: look twice.
                 time.sleep(1.0)
-                verdict = self._judge(self._record(), signals, time.time())
+                verdict = self._judge(show_job(self._facts.job_id), signals, time.time())
         except CommandError as error:
             return "unknown", f"scontrol gave no answer: {error}"
         return verdict
@@ -150,19 +157,33 @@ class SlurmScheduler:
         if asked_by_user(self._folder, self._facts.attempt):
             return True
         try:
-            return self._record().preempt_time is not None
+            return show_job(self._facts.job_id).preempt_time is not None
         except CommandError as error:
             logger.warning("scontrol is of no use on this node (%s): reasons of signals cannot be told apart", error)
             return False
 
     def requeue(self, *, next_attempt: int) -> str:
-        if self._plan.preemption.mode == "cancel" and self._record().preempt_time is not None:
-            from cfe_hpc.ranks.successor import submit_successor
+        return ask_for_another(self._folder, self._plan, self._facts.job_id, next_attempt=next_attempt)
 
-            job_id = submit_successor(self._folder, job_id=self._facts.job_id, next_attempt=next_attempt)
-            return f"this partition cancels preempted jobs: successor {job_id} submitted on the same run folder"
-        run(["scontrol", "requeue", self._facts.job_id], timeout_s=_SCONTROL_TIMEOUT_S)
-        return f"scontrol requeue {self._facts.job_id}"
+
+def show_job(job_id: str) -> JobRecord:
+    """What Slurm says of a job now.
+
+    Raises:
+        CommandError: it says nothing.
+    """
+    return JobRecord.parse(run(["scontrol", "show", "job", "-o", job_id], timeout_s=_SCONTROL_TIMEOUT_S).stdout)
+
+
+def ask_for_another(folder: RunFolder, plan: Plan, job_id: str, *, next_attempt: int) -> str:
+    """Have Slurm requeue the job, or send a successor where preemption cancels; see Scheduler.requeue."""
+    if plan.preemption.mode == "cancel" and show_job(job_id).preempt_time is not None:
+        from cfe_hpc.ranks.successor import submit_successor
+
+        successor = submit_successor(folder, job_id=job_id, next_attempt=next_attempt)
+        return f"this partition cancels preempted jobs: successor {successor} submitted on the same run folder"
+    run(["scontrol", "requeue", job_id], timeout_s=_SCONTROL_TIMEOUT_S)
+    return f"scontrol requeue {job_id}"
 
 
 class LocalScheduler:
@@ -178,6 +199,8 @@ class LocalScheduler:
         stop = self._folder.promised(f"stop-{self._facts.attempt}") or {}
         if stop.get("reason") == "time_limit":
             return "time_limit", "the supervisor's clock"
+        if stop.get("reason") == "failed":
+            return "failed", "another rank failed"
         # A TERM straight to a rank is how a site without a supervisor, or a user, takes the machine back.
         return "preempted", f"{'+'.join(signals) or 'stop'} on this machine"
 

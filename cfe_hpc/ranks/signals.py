@@ -37,6 +37,10 @@ class StopFlag:
             self.first_s = time.monotonic()
         self.bits |= 1 << STOP_SIGNALS.index(signal.Signals(signum))
 
+    def clear(self) -> None:
+        """Forget what has come: it is being acted on. A signal that comes again counts again."""
+        self.bits, self.first_s = 0, None
+
     @staticmethod
     def names(bits: int) -> list[str]:
         """The signals of agreed bits, by name."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cfe_hpc.checkpoints.protocols import Group
-from cfe_hpc.config.job import Recovery
+from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.ranks.scheduler import Cause, Scheduler
 from cfe_hpc.recovery.budgets import decide
@@ -20,6 +20,10 @@ __all__ = ["Inquiry", "Verdict", "conclude"]
 
 logger = logging.getLogger(__name__)
 
+_RETRY_S = 2.0
+# Slurm looks for preempted jobs whose grace is over every 30 s; the rest is for a slow controller.
+_KILL_MARGIN_S = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -27,37 +31,57 @@ class Verdict:
 
     Attributes:
         action: "requeued": another attempt follows. "cancelled": none ever. "held": none until `requeue RUN`.
-            "killed": somebody else ends this attempt; stay alive until then, for a clean exit would lose the run.
+            "failed": this was no stop; another rank's failure decides.
         exit_code: for the ranks to exit with.
     """
 
-    action: Literal["requeued", "cancelled", "held", "killed"]
+    action: Literal["requeued", "cancelled", "held", "failed"]
     cause: Cause
     why: str
     exit_code: int
 
 
 class Inquiry:
-    """Asks the scheduler why, beside the save: the answer takes as long as slurmctld likes."""
+    """Asks the scheduler why, beside the save: the answer takes as long as slurmctld likes.
 
-    def __init__(self, scheduler: Scheduler, signals: list[str]) -> None:
+    A scheduler that gives none is asked again, for as long as it may take until it kills this attempt: neither
+    exiting nor training on is right before it is known whether the job was preempted or cancelled.
+    """
+
+    def __init__(self, scheduler: Scheduler, signals: list[str], spec: RunSpec) -> None:
         self._answer: tuple[Cause, str] = ("unknown", "the scheduler was not asked")
+        self._deadline_s = time.monotonic() + _until_killed_s(spec)
         self._thread = threading.Thread(target=self._ask, args=(scheduler, signals), name="cfe-why", daemon=True)
         self._thread.start()
 
     def _ask(self, scheduler: Scheduler, signals: list[str]) -> None:
-        self._answer = scheduler.why(signals)
+        while True:
+            self._answer = scheduler.why(signals)
+            if self._answer[0] != "unknown" or time.monotonic() > self._deadline_s:
+                return
+            logger.warning("why the stop? %s; asking again", self._answer[1])
+            time.sleep(_RETRY_S)
+
+    @property
+    def answered(self) -> bool:
+        """Whether `answer` would return at once."""
+        return not self._thread.is_alive()
 
     def answer(self) -> tuple[Cause, str]:
-        """The reason and its evidence; waits for them (the scheduler's own calls have time limits)."""
+        """The reason and its evidence; waits for them. "unknown" when the scheduler stayed silent throughout."""
         self._thread.join()
         return self._answer
+
+
+def _until_killed_s(spec: RunSpec) -> float:
+    """Seconds from the first signal to when a scheduler that means to kill this attempt has done so."""
+    return spec.plan.preemption.grace + spec.site.slurm.kill_wait + _KILL_MARGIN_S
 
 
 def conclude(
     folder: RunFolder,
     scheduler: Scheduler,
-    recovery: Recovery,
+    spec: RunSpec,
     group: Group,
     *,
     inquiry: Inquiry | None,
@@ -78,7 +102,7 @@ def conclude(
         assert inquiry is not None
         cause, evidence = inquiry.answer()
         seconds = None if started_s is None else round(time.monotonic() - started_s, 3)
-        verdict = _judge(folder, recovery, cause, evidence, attempt)
+        verdict = _judge(folder, spec, cause, evidence)
         fields: dict[str, Any] = {"step": step, "detail": verdict.why, "seconds": seconds}
         if cause == "preempted":
             folder.append_event("preempted", attempt=attempt, **fields)
@@ -87,7 +111,7 @@ def conclude(
         elif verdict.action == "held":
             hold(folder, attempt=attempt, step=step, why=verdict.why)
         elif verdict.action == "requeued":
-            verdict = _requeue(folder, scheduler, verdict, attempt, step)
+            verdict = _requeue(folder, scheduler, spec, verdict, attempt, step)
         group.broadcast(json.dumps(asdict(verdict)).encode())
         return verdict
     return Verdict(**json.loads(group.broadcast(b"")))
@@ -99,33 +123,51 @@ def hold(folder: RunFolder, *, attempt: int, step: int | None, why: str) -> None
     folder.append_event("held", attempt=attempt, step=step, reason=why)
 
 
-def _judge(folder: RunFolder, recovery: Recovery, cause: Cause, evidence: str, attempt: int) -> Verdict:
+def _judge(folder: RunFolder, spec: RunSpec, cause: Cause, evidence: str) -> Verdict:
     if cause == "cancelled":
         return Verdict(action="cancelled", cause=cause, why=evidence, exit_code=0)
     if cause == "requeued_already" or cause == "node_failure":
         return Verdict(action="requeued", cause=cause, why=evidence, exit_code=0)
+    if cause == "failed":
+        return Verdict(action="failed", cause=cause, why=evidence, exit_code=1)
     if cause == "unknown":
-        return Verdict(action="killed", cause=cause, why=evidence, exit_code=0)
-    decision = decide(recovery, folder.events(), cause=cause)
+        # To requeue might bring back what was cancelled; to end silently would lose what was preempted.
+        why = f"told to stop, and the scheduler never said why: {evidence}"
+        return Verdict(action="held", cause=cause, why=why, exit_code=1)
+    decision = decide(spec.job.recovery, folder.events(), cause=cause)
     if decision.action == "requeue":
         return Verdict(action="requeued", cause=cause, why=evidence, exit_code=0)
     return Verdict(action="held", cause=cause, why=decision.why, exit_code=1)
 
 
-def _requeue(folder: RunFolder, scheduler: Scheduler, verdict: Verdict, attempt: int, step: int | None) -> Verdict:
+def _requeue(
+    folder: RunFolder, scheduler: Scheduler, spec: RunSpec, verdict: Verdict, attempt: int, step: int | None
+) -> Verdict:
     """The call itself. What must be written is written before it: this process may be killed right after."""
-    first = folder.promise(f"requeued-{attempt}", reason=verdict.cause, step=step)
-    folder.append_event("requeued", attempt=attempt, step=step, reason=verdict.cause, detail=verdict.why)
-    if not first or verdict.cause in ("requeued_already", "node_failure"):
+    if not folder.promise(f"requeued-{attempt}", reason=verdict.cause, step=step):
         return verdict
-    try:
-        logger.info("%s: %s", verdict.cause, scheduler.requeue(next_attempt=attempt + 1))
-    except CfeError as error:
-        why = f"saved, but the requeue failed: {error}"
-        if verdict.cause == "preempted":
-            # Slurm requeues a preempted job that it has to kill, and forgets one that exits: stay.
-            logger.warning("%s; waiting for the kill", why)
-            return replace(verdict, action="killed", why=why)
-        hold(folder, attempt=attempt, step=step, why=why)
-        return replace(verdict, action="held", why=why, exit_code=1)
-    return verdict
+    folder.append_event("requeued", attempt=attempt, step=step, reason=verdict.cause, detail=verdict.why)
+    if verdict.cause in ("requeued_already", "node_failure"):
+        return verdict
+    deadline_s = time.monotonic() + _patience_s(spec, verdict.cause)
+    while True:
+        try:
+            logger.info("%s: %s", verdict.cause, scheduler.requeue(next_attempt=attempt + 1))
+            return verdict
+        except CfeError as error:
+            logger.warning("saved, but the requeue failed: %s", error)
+            if time.monotonic() > deadline_s:
+                why = f"saved, but the requeue failed: {error}"
+                hold(folder, attempt=attempt, step=step, why=why)
+                return replace(verdict, action="held", why=why, exit_code=1)
+        time.sleep(_RETRY_S)
+
+
+def _patience_s(spec: RunSpec, cause: Cause) -> float:
+    """Seconds for which a requeue that fails is tried again, before the run is held."""
+    if cause == "time_limit":
+        return spec.plan.signal_lead_s
+    if cause == "preempted" and spec.plan.preemption.mode == "cancel":
+        return spec.plan.preemption.grace / 2
+    # Slurm itself requeues a preempted job that it has to kill, and forgets one that exits: stay until then.
+    return _until_killed_s(spec)
