@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from cfe_hpc.errors import CfeError, ConfigError, ImpossibleError
 
@@ -37,6 +37,13 @@ class Verb(Protocol):
 
     def run(self, args: argparse.Namespace) -> int:
         """Do it; the exit code. Raises CfeError for what a user can mend."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, telling mistakes in one line, as every other error is told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {self.prog}: {message}; see `{self.prog} --help`\n")
 
 
 def _overview() -> str:
@@ -78,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: cfe-hpc: no such verb ({words[0]}); {hint}", file=sys.stderr)
         return 2
     verb: Verb = import_module(f"cfe_hpc.cli.{VERBS[words[0]][0]}")
-    parser = argparse.ArgumentParser(prog=f"cfe-hpc {words[0]}", allow_abbrev=False)
+    parser = _Parser(prog=f"cfe-hpc {words[0]}", allow_abbrev=False)
     verb.configure(parser)
     try:
         return verb.run(parser.parse_args(words[1:]))
