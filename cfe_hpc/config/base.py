@@ -44,7 +44,7 @@ NoTruth = BeforeValidator(_no_truth)
 class Strict(BaseModel):
     """A table of a file: unknown keys are refused, nothing is coerced, nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, defer_build=True)
 
 
 _SIZE_NAMES = {

@@ -146,12 +146,12 @@ class Job(Strict):
         description='program and arguments; "{params.lr}" is replaced by the parameter',
         examples=['["python", "train.py"]'],
     )
-    resources: Resources = Resources()
-    launch: Launch = Launch()
-    engine: Engine = Engine()
-    checkpoint: Checkpoint = Checkpoint()
-    recovery: Recovery = Recovery()
-    metrics: Metrics = Metrics()
+    resources: Resources = Field({}, validate_default=True)
+    launch: Launch = Field({}, validate_default=True)
+    engine: Engine = Field({}, validate_default=True)
+    checkpoint: Checkpoint = Field({}, validate_default=True)
+    recovery: Recovery = Field({}, validate_default=True)
+    metrics: Metrics = Field({}, validate_default=True)
     params: dict[str, Any] = Field(
         default_factory=dict, description="handed to the entry, which validates them", examples=["{ lr = 0.001 }"]
     )

@@ -52,6 +52,10 @@ class Provenance(Strict):
     versions: dict[str, str] = Field(default_factory=dict, description="of the packages that matter, as installed")
 
 
+def _plain(part: Any) -> Any:
+    return part.model_dump(mode="python", by_alias=True, exclude_none=True) if isinstance(part, Strict) else part
+
+
 class RunSpec(Strict):
     """The whole of run.toml."""
 
@@ -68,7 +72,10 @@ class RunSpec(Strict):
         """The text of run.toml. Values that are None are left out: TOML has no word for them."""
         import tomli_w
 
-        return tomli_w.dumps(self.model_dump(mode="python", by_alias=True, exclude_none=True))
+        parts = {"run_id": self.run_id, "job": self.job, "site": self.site, "plan": self.plan}
+        parts |= {"provenance": self.provenance, "origins": self.origins}
+        # Part by part: whoever submits has the parts' serialisers, and need not build one of the whole.
+        return tomli_w.dumps({name: _plain(part) for name, part in parts.items()})
 
     def write(self, path: Path) -> None:
         """Write run.toml, atomically."""

@@ -74,7 +74,7 @@ class Partition(Strict):
     nodes_max: int | None = Field(
         None, ge=1, description="most nodes of one job; the partition's size", examples=["16"]
     )
-    preemption: Preemption = Preemption()
+    preemption: Preemption = Field({}, validate_default=True)
     account: str | None = Field(None, description="account used when the job names none", examples=['"proj1"'])
     qos: str | None = Field(None, description="quality of service used when the job names none", examples=['"normal"'])
     options: list[str] = Field(
@@ -162,11 +162,11 @@ class Site(Strict):
     default_partition: str = Field(description="a name of [partitions]", examples=['"gpu"'])
     partitions: dict[str, Partition] = Field(min_length=1)
     hardware: dict[str, Hardware] = Field(min_length=1)
-    slurm: Slurm = Slurm()
-    network: Network = Network()
-    storage: Storage = Storage()
-    environment: Environment = Environment()
-    metrics: SiteMetrics = SiteMetrics()
+    slurm: Slurm = Field({}, validate_default=True)
+    network: Network = Field({}, validate_default=True)
+    storage: Storage = Field({}, validate_default=True)
+    environment: Environment = Field({}, validate_default=True)
+    metrics: SiteMetrics = Field({}, validate_default=True)
 
 
 def expand_runs_root(site: Site, environ: Mapping[str, str], *, file: str | None = None) -> Path:

@@ -61,7 +61,8 @@ def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: RunFold
 
 
 def _freeze(loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str) -> RunSpec:
-    return RunSpec(
+    # The parts have been validated; building a validator of the whole would cost as much as all of theirs.
+    return RunSpec.model_construct(
         run_id=run_id,
         job=loaded.job,
         site=loaded.site,
