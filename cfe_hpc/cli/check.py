@@ -53,8 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_rows(loaded: Loaded, planned: Plan) -> list[tuple[str, str]]:
     """The plan for people: (word, what it says)."""
+    import shlex
+
+    from cfe_hpc.config.template import fill_in
     from cfe_hpc.units import format_duration, format_size
 
+    command = shlex.join(fill_in(word, loaded.job.params) for word in loaded.job.command or ())
     preemption = planned.preemption
     time = "no limit" if planned.time_s is None else f"{format_duration(planned.time_s)} for one attempt"
     lead = "" if planned.time_s is None else f"; {planned.signal} {planned.signal_lead_s} s before its end"
@@ -62,7 +66,7 @@ def plan_rows(loaded: Loaded, planned: Plan) -> list[tuple[str, str]]:
     kind = f"{planned.accelerator} device" + ("s" if planned.devices_per_node > 1 else "")
     return [
         ("job", f"{loaded.job.name!r} ({loaded.job_file})"),
-        ("runs", loaded.job.entry or " ".join(loaded.job.command or ())),
+        ("runs", loaded.job.entry or command),
         ("site", f"{loaded.site.name} ({loaded.site_file}), partition {planned.partition}"),
         ("ranks", f"{planned.world_size}, on {nodes} with {planned.devices_per_node} {kind}"),
         ("cores", f"{planned.cpus_per_device} for each rank"),
