@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.ranks import signals
-from cfe_hpc.ranks.env import read_facts
+from cfe_hpc.ranks.env import RankFacts, read_facts
+from cfe_hpc.ranks.scheduler import choose
+from cfe_hpc.ranks.stopping import Inquiry, conclude
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["main"]
@@ -25,17 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = RunSpec.read(folder.run_toml)
     os.environ["CFE_RUN_DIR"] = str(folder.path)
     os.chdir(spec.provenance.workdir)
-    if (code := _not_to_begin(folder)) is not None:
+    facts = read_facts()
+    code = _not_to_begin(folder, facts)
+    if code is None and facts.rank == 0:
+        code = _stopped_already(folder, spec, facts)
+    if code is not None:
         return code
     if spec.job.command is not None:
         from cfe_hpc.ranks.command import run_command
 
-        return run_command(folder, spec, read_facts())
+        try:
+            return run_command(folder, spec, facts)
+        except CfeError as error:
+            _report(folder, facts.attempt, facts.rank, error)
+            return error.exit_code
     signals.install()
-    return _run_entry(folder, spec)
+    return _run_entry(folder, spec, facts)
 
 
-def _not_to_begin(folder: RunFolder) -> int | None:
+def _not_to_begin(folder: RunFolder, facts: RankFacts) -> int | None:
     """The status to exit with when no further attempt of this run may begin; None when one may.
 
     A scheduler starts attempts on its own, too: Slurm from 24.05 on requeues a job that ends in its grace time, and
@@ -44,7 +55,6 @@ def _not_to_begin(folder: RunFolder) -> int | None:
     cancel, held = folder.promised("cancel"), folder.promised("held")
     if cancel is not None:
         print(f"cfe_hpc: {folder.run_id} was cancelled: no attempt begins", file=sys.stderr)
-        facts = read_facts()
         if facts.rank == 0 and folder.result() is None:
             folder.append_event("cancelled", attempt=facts.attempt, reason="cancelled before the attempt began")
             result = {"state": "CANCELLED", "reason": "cancelled by the user", "attempts": facts.attempt + 1}
@@ -60,10 +70,27 @@ def _not_to_begin(folder: RunFolder) -> int | None:
     return None
 
 
-def _run_entry(folder: RunFolder, spec: RunSpec) -> int:
+def _stopped_already(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int | None:
+    """Deal with a stop that came before this process could hear signals, while there is nothing to save; the status
+    to exit with, or None without such a stop. Rank 0's; the others are ended by what it has asked for."""
+    scheduler = choose(folder, facts, spec.plan)
+    if not scheduler.stopping_already():
+        return None
+    folder.append_event("signal", attempt=facts.attempt, reason="found")
+    inquiry = Inquiry(scheduler, [], spec)
+    verdict = conclude(
+        folder, scheduler, spec, SoloGroup(), inquiry=inquiry, attempt=facts.attempt, step=None, started_s=None
+    )
+    if verdict.action in ("cancelled", "held"):
+        state = verdict.action.upper()
+        folder.write_result({"state": state, "reason": verdict.why, "attempts": facts.attempt + 1})
+    return verdict.exit_code
+
+
+def _run_entry(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
     from cfe_hpc.ranks.run import join
 
-    facts, run = read_facts(), None
+    run = None
     try:
         run = join()
         # `python -m` has put the starting folder on the path, which need not be where the job was submitted.

@@ -155,8 +155,9 @@ class _Leader:
         return self._settle(self._wait_for_ranks())
 
     def _must_act(self) -> bool:
-        """Whether the run is lost unless something is done while the program still runs."""
-        late = self._out_of_time()
+        """Whether the run is lost unless something is done while the program still runs: a partition that cancels
+        requeues nothing at the kill."""
+        late = self._out_of_time() and self._spec.plan.preemption.mode == "cancel"
         return late and self._inquiry is not None and self._inquiry.answer()[0] == "preempted"
 
     def _out_of_time(self) -> bool:
@@ -170,7 +171,7 @@ class _Leader:
             return False
         plan, kill_wait_s = self._spec.plan, self._spec.site.slurm.kill_wait
         if self._inquiry.answer()[0] == "preempted":
-            # A successor must be on its way before the kill; what is to be requeued, Slurm requeues at the kill.
+            # A successor must be on its way before the kill.
             left_s = (plan.preemption.grace or kill_wait_s) * (0.6 if plan.preemption.mode == "cancel" else 1.0)
         else:
             left_s = max(plan.signal_lead_s, kill_wait_s)
@@ -190,7 +191,7 @@ class _Leader:
         return [json.loads(path.read_text(encoding="utf-8")) for path in names]
 
     def _settle(self, ends: list[dict[str, Any]]) -> int:
-        failed = next((end for end in ends if end["status"] and not end["signals"]), None)
+        failed = next((end for end in ends if end["status"] and not end["signals"]), None) or self._vanished(ends)
         signals = sorted({name for end in ends for name in end["signals"]} | set(self._child.seen))
         if signals:
             inquiry = self._inquiry or Inquiry(self._scheduler, signals, self._spec)
@@ -202,6 +203,14 @@ class _Leader:
         self._folder.append_event("completed", attempt=self._facts.attempt)
         _write_result(self._folder, self._facts, "COMPLETED")
         return 0
+
+    def _vanished(self, ends: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What to take for the note of a rank that is gone, wrapper and all, without having left one."""
+        silent = sorted(set(range(self._facts.world_size)) - {end["rank"] for end in ends} - {0})
+        if not silent:
+            return None
+        logger.warning("rank %d has left no word of how its program ended", silent[0])
+        return {"rank": silent[0], "status": 1}
 
     def _requeue_asked(self) -> bool:
         return self._folder.promised(f"requeue-{self._facts.attempt}") is not None
