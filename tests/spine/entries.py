@@ -3,6 +3,7 @@ count that needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,35 @@ def counting(run: Any) -> None:
         count.total += step
         run.log(loss=1.0 / (step + 1), val_loss=float(abs(step - 12)), total=count.total)
         time.sleep(run.params["pause_s"])
+
+
+def crashing(run: Any) -> None:
+    """`counting`, but the rank that params name raises in the step they name, as long as the file `crash` is there."""
+    flag = run.folder.path / "crash"
+    steps = run.steps
+
+    def until(total: int) -> Any:
+        for step in steps(total):
+            if step == run.params["crash_step"] and run.rank == run.params["crash_rank"] and flag.exists():
+                raise ArithmeticError(f"step {step} went wrong")
+            yield step
+
+    run.steps = until
+    counting(run)
+
+
+def evaluating(run: Any) -> None:
+    """`paced`, with the pause `eval_pace` says before each batch of an evaluation, and a line in `evaluated` for it."""
+    pace: Path = run.folder.path / "eval_pace"
+    check_stop = run.check_stop
+
+    def slowly(**words: Any) -> None:
+        if run.rank == 0:
+            with open(run.folder.path / "evaluated", "a", encoding="utf-8") as seen:
+                seen.write(f"{run.attempt} {run.folder.path.name}\n")
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            time.sleep(float(pace.read_text()))
+        check_stop(**words)
+
+    run.check_stop = slowly
+    paced(run)
