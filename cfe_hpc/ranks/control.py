@@ -7,6 +7,7 @@ never needs it here.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib import import_module
@@ -42,6 +43,8 @@ class GlooGroup:
         # The group lives as long as its store: keep it.
         self._store = dist.TCPStore(meeting.address, meeting.control_port, size, rank == 0, timedelta(seconds=300))
         self._group = dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), rank, size, timeout)
+        # Their threads abort the process when they outlive the interpreter: a completed rank would exit with 134.
+        atexit.register(self._close)
         self._max = dist.AllreduceOptions()
         self._max.reduceOp = dist.ReduceOp.MAX
         self._torch = torch
@@ -76,6 +79,9 @@ class GlooGroup:
 
     def barrier(self) -> None:
         self.all_max([0])
+
+    def _close(self) -> None:
+        self._group = self._store = None
 
     def _bytes(self, data: bytes, size: int) -> Any:
         return self._torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=self._torch.uint8)
