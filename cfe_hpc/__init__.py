@@ -1,4 +1,4 @@
-"""cfe_hpc: training on Slurm clusters that loses no step to a preemption, a time limit or a dead node.
+"""cfe_hpc: training on Slurm clusters that loses no step to a preemption or a time limit.
 
 The public surface is small: `python -m cfe_hpc` (see `--help`) on the login node, and `join()` in a
 training script. Importing this package loads nothing else; `join` pulls in the rank side on first use.

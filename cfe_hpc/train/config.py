@@ -51,7 +51,9 @@ class Params(Strict):
     eval_every: int = Field(100, ge=0, description="steps from one evaluation to the next; 0: only first and last")
     eval_batches: int = Field(8, ge=1, description="micro batches of each rank in one evaluation")
 
-    gate_mode: Literal["off"] = Field("off", description="gates on the dynamics; this version measures none, so only off")
+    gate_mode: Literal["off"] = Field(
+        "off", description="gates on the dynamics; this version measures none, so only off"
+    )
 
     @property
     def head_dim(self) -> int:
