@@ -167,6 +167,8 @@ class Cluster:
     def resume(self, job_id: str, timeout_s: float = 60.0) -> None:
         """Let a requeued job run again; returns once it does."""
         self.wait_for_state(job_id, "PENDING", "RUNNING", timeout_s=timeout_s)
+        # On the node it was just taken from, a start in the same second fails ("Job credential revoked", 22.05).
+        time.sleep(1.5)
         self.hurry(job_id)
         self.wait_for_state(job_id, "RUNNING", "COMPLETING", *ENDED, timeout_s=timeout_s)
 
