@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -65,7 +64,7 @@ def safe_name(name: str) -> str:
 def new_run_id(job_name: str) -> str:
     """`<job>-<YYYYMMDD-HHMMSS>-<4 hex>`, the time in UTC."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return f"{safe_name(job_name)}-{stamp}-{secrets.token_hex(2)}"
+    return f"{safe_name(job_name)}-{stamp}-{os.urandom(2).hex()}"
 
 
 class RunFolder:
@@ -172,7 +171,7 @@ class RunFolder:
             True for the one caller, of all processes and nodes, that made it; False when it was there already.
         """
         self.control.mkdir(exist_ok=True)
-        aside = self.control / f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+        aside = self.control / f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
         aside.write_text(json.dumps({"time": utc_now(), **facts}) + "\n", encoding="utf-8")
         try:
             os.link(aside, self.control / name)  # atomic on NFS too, unlike O_EXCL on old servers

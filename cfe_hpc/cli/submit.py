@@ -74,7 +74,7 @@ def _heed_checks(loaded: Loaded, planned: Plan) -> None:
     """Refuse a job that is sure to fail; say on standard error what else is worth knowing."""
     from cfe_hpc.launch.checks import check
 
-    findings = check(loaded, planned)
+    findings = check(loaded, planned, notes=False)
     errors = [finding.problem for finding in findings if finding.severity == "error"]
     if errors:
         raise ImpossibleError(errors)

@@ -49,8 +49,11 @@ class Finding:
 Found = Iterator[tuple[Severity, Problem]]
 
 
-def check(loaded: Loaded, plan: Plan) -> list[Finding]:
-    """Run every check, on this machine and without a scheduler; the worst findings first.
+def check(loaded: Loaded, plan: Plan, *, notes: bool = True) -> list[Finding]:
+    """Run the checks, on this machine and without a scheduler; the worst findings first.
+
+    Args:
+        notes: run those too that never find more than a note.
 
     Raises:
         ConfigError: the parameters of the training that cfe_hpc ships do not fit the number of ranks.
@@ -63,6 +66,7 @@ def check(loaded: Loaded, plan: Plan) -> list[Finding]:
     findings = [
         Finding(id=name, severity=severity, problem=problem)
         for name, look in CHECKS.items()
+        if notes or name not in _NOTES
         for severity, problem in look(loaded, plan)
     ]
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))
@@ -200,3 +204,5 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "git-dirty": _git_dirty,
 }
 """Every check by its id. One is added by a function and a row."""
+
+_NOTES = frozenset({"no-time-limit", "preemption-cancels", "git-dirty"})

@@ -58,8 +58,11 @@ def cancel(folder: RunFolder) -> Outcome:
     live = [job for job in jobs if str(job["job_id"]) in known and known[str(job["job_id"])].state not in _OVER]
     for job in live:
         backend.cancel(job)
-    if not any(known[str(job["job_id"])].state == "RUNNING" for job in live):
-        _write_cancelled(folder)  # no rank is there to write it
+    attempt = latest_attempt(folder)
+    training = attempt is not None and folder.promised(f"requeued-{attempt}") is None
+    if not training or not any(known[str(job["job_id"])].state == "RUNNING" for job in live):
+        # No rank is there to write it, or only those that have handed on to the next attempt, or are starting up.
+        _write_cancelled(folder)
     return Outcome(action="cancelled", job_id=_job_id(folder), text=f"{folder.run_id}: cancelled, never to be requeued")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pwd
 import re
@@ -47,7 +46,11 @@ class WorkTree:
     def diff_sha256(self) -> str | None:
         """Of `git diff HEAD`; None when there is no difference, or no work tree."""
         diff = self._answer("diff")
-        return hashlib.sha256(diff.encode()).hexdigest() if diff else None
+        if not diff:
+            return None
+        import hashlib  # late: it loads OpenSSL, and a clean tree needs none
+
+        return hashlib.sha256(diff.encode()).hexdigest()
 
     def _answer(self, name: str) -> str | None:
         for thread in self._threads:
