@@ -294,6 +294,8 @@ def a_stop_inside_an_evaluation_repeats_the_evaluation_not_the_step(stage: Stage
     stage.cluster.preempt_once(run.job_id)
     run.pace(0)
     (run.folder.path / "eval_pace").unlink()
+    for each in (run, undisturbed):  # the last figures are added to result.json after it was written
+        assert stage.cluster.wait_for_end(each.job_id) == "COMPLETED"
     result, expected = run.wait_result(), undisturbed.wait_result()
     assert (result["lost_steps"], [event["step"] for event in run.events("resumed")]) == (0, [10])
     assert result["weights_sha256"] == expected["weights_sha256"]
