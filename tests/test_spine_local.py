@@ -77,7 +77,7 @@ def test_the_time_limit_is_one_more_reason_to_go_on(submit: Submit, tmp_path: Pa
 
 
 def test_cancel_ends_a_run_for_good(submit: Submit) -> None:
-    run = submit()
+    run = submit(pause_s=0.4)
     run.wait_step(4, attempt=0)
     done = cfe("cancel", run.run_id, "--json", cwd=run.cwd, env=run.env)
     assert done.returncode == 0, done.stderr

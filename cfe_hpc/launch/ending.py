@@ -12,6 +12,7 @@ from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.backend import Backend, backend_for
 from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, unused_attempt
 from cfe_hpc.launch.states import JobState, RunState
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Outcome", "cancel", "requeue"]
@@ -70,7 +71,7 @@ def _write_cancelled(folder: RunFolder) -> None:
     attempt = latest_attempt(folder)
     folder.append_event("cancelled", attempt=attempt, reason="cancelled while no attempt was running")
     attempts = 0 if attempt is None else attempt + 1
-    folder.write_result({"state": "CANCELLED", "reason": "cancelled by the user", "attempts": attempts})
+    write_result(folder, "CANCELLED", attempts=attempts, reason="cancelled by the user")
 
 
 def requeue(folder: RunFolder) -> Outcome:

@@ -23,6 +23,7 @@ from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt
 from cfe_hpc.recovery.attempts import KILLED
 from cfe_hpc.recovery.budgets import decide
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Attempt", "main", "supervise"]
@@ -179,11 +180,11 @@ def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
         folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)
 
 
-def _write_end(folder: RunFolder, state: str, *, attempt: int, reason: str) -> None:
+def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attempt: int, reason: str) -> None:
     """The end of a run whose ranks could not write it. Who holds a run writes that event."""
     if state == "CANCELLED" and not any(event["event"] == "cancelled" for event in folder.events()):
         folder.append_event("cancelled", attempt=attempt, reason=reason)
-    folder.write_result({"state": state, "reason": reason, "attempts": attempt + 1})
+    write_result(folder, state, attempts=attempt + 1, reason=reason)
 
 
 def _wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> bool:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
@@ -16,6 +17,7 @@ from cfe_hpc.ranks import signals
 from cfe_hpc.ranks.env import RankFacts, read_facts
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.stopping import Inquiry, conclude
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["main"]
@@ -57,8 +59,7 @@ def _not_to_begin(folder: RunFolder, facts: RankFacts) -> int | None:
         print(f"cfe_hpc: {folder.run_id} was cancelled: no attempt begins", file=sys.stderr)
         if facts.rank == 0 and folder.result() is None:
             folder.append_event("cancelled", attempt=facts.attempt, reason="cancelled before the attempt began")
-            result = {"state": "CANCELLED", "reason": "cancelled by the user", "attempts": facts.attempt + 1}
-            folder.write_result(result)
+            write_result(folder, "CANCELLED", attempts=facts.attempt + 1, reason="cancelled by the user")
         return 0
     if held is not None:
         print(
@@ -81,9 +82,9 @@ def _stopped_already(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int 
     verdict = conclude(
         folder, scheduler, spec, SoloGroup(), inquiry=inquiry, attempt=facts.attempt, step=None, started_s=None
     )
-    if verdict.action in ("cancelled", "held"):
-        state = verdict.action.upper()
-        folder.write_result({"state": state, "reason": verdict.why, "attempts": facts.attempt + 1})
+    if verdict.action == "cancelled" or verdict.action == "held":
+        state: Literal["CANCELLED", "HELD"] = "CANCELLED" if verdict.action == "cancelled" else "HELD"
+        write_result(folder, state, attempts=facts.attempt + 1, reason=verdict.why)
     return verdict.exit_code
 
 

@@ -32,7 +32,7 @@ from cfe_hpc.ranks.rendezvous import meet
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.signals import STOP_SIGNALS, unblock
 from cfe_hpc.ranks.stopping import Inquiry, conclude
-from cfe_hpc.recovery import ledger
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["run_command"]
@@ -201,7 +201,7 @@ class _Leader:
         if failed is not None:
             return _exit_code(int(failed["status"]))
         self._folder.append_event("completed", attempt=self._facts.attempt)
-        _write_result(self._folder, self._facts, "COMPLETED")
+        write_result(self._folder, "COMPLETED", attempts=self._facts.attempt + 1)
         return 0
 
     def _vanished(self, ends: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -227,25 +227,7 @@ class _Leader:
             started_s=self._child.first_s,
         )
         if verdict.action == "cancelled":
-            _write_result(self._folder, self._facts, "CANCELLED")
+            write_result(self._folder, "CANCELLED", attempts=self._facts.attempt + 1, reason=verdict.why)
         elif verdict.action == "held":
-            _write_result(self._folder, self._facts, "HELD", reason=verdict.why)
+            write_result(self._folder, "HELD", attempts=self._facts.attempt + 1, reason=verdict.why)
         return verdict.exit_code
-
-
-def _write_result(folder: RunFolder, facts: RankFacts, state: str, **more: Any) -> None:
-    """A program that did not join counts no steps: the figures that need them are absent, not invented."""
-    summary = ledger.summarise(folder)
-    folder.write_result(
-        {
-            "state": state,
-            **more,
-            "final_step": None,
-            "attempts": facts.attempt + 1,
-            "lost_steps": None,
-            "goodput": None,
-            "wall_seconds": summary.wall_seconds,
-            "weights_sha256": None,
-            "metrics": {},
-        }
-    )

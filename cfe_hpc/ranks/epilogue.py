@@ -12,15 +12,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold
-from cfe_hpc.recovery import ledger
 from cfe_hpc.recovery.attempts import Cause
 from cfe_hpc.recovery.budgets import decide
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["close_failed_attempt", "main"]
@@ -52,25 +53,9 @@ def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int, cause:
         return folder.promise(f"requeued-{attempt}", reason=cause)
     if decision.action == "hold":
         hold(folder, attempt=attempt, step=None, why=decision.why)
-    _write_end(folder, "HELD" if decision.action == "hold" else "FAILED", attempt=attempt, reason=decision.why)
+    state: Literal["HELD", "FAILED"] = "HELD" if decision.action == "hold" else "FAILED"
+    write_result(folder, state, attempts=attempt + 1, reason=decision.why)
     return False
-
-
-def _write_end(folder: RunFolder, state: str, *, attempt: int, reason: str) -> None:
-    summary = ledger.summarise(folder)
-    folder.write_result(
-        {
-            "state": state,
-            "reason": reason,
-            "final_step": summary.last_step,
-            "attempts": attempt + 1,
-            "lost_steps": summary.lost_steps,
-            "goodput": summary.goodput,
-            "wall_seconds": summary.wall_seconds,
-            "weights_sha256": None,
-            "metrics": {},
-        }
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     held = folder.promised("held")
     if held is not None:
-        _write_end(folder, "HELD", attempt=attempt, reason=str(held.get("reason", "")))
+        write_result(folder, "HELD", attempts=attempt + 1, reason=str(held.get("reason", "")))
         return 0
     job_id = os.environ["SLURM_JOB_ID"]
     try:
@@ -110,7 +95,7 @@ def _request(folder: RunFolder, job_id: str, attempt: int) -> None:
     except CfeError as error:
         why = f"another attempt is due, but the requeue failed: {error}"
         hold(folder, attempt=attempt, step=None, why=why)
-        _write_end(folder, "HELD", attempt=attempt, reason=why)
+        write_result(folder, "HELD", attempts=attempt + 1, reason=why)
 
 
 if __name__ == "__main__":

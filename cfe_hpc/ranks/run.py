@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CorruptCheckpoint
@@ -21,7 +21,7 @@ from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.keeper import Keeper
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.stopping import Inquiry, Verdict, conclude
-from cfe_hpc.recovery import ledger
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Run", "join"]
@@ -271,19 +271,20 @@ class Run:
             raise SystemExit(128 + signal.Signals[names[0]])
         raise SystemExit(verdict.exit_code)
 
-    def _write_result(self, state: str, **more: Any) -> None:
-        if self.rank != 0:
-            return
-        summary = ledger.summarise(self.folder)
-        self.folder.write_result(
-            {
-                "state": state,
-                "final_step": self._done,
-                "attempts": self.attempt + 1,
-                "lost_steps": summary.lost_steps,
-                "goodput": summary.goodput,
-                "wall_seconds": summary.wall_seconds,
-                **more,
-                "metrics": self._journal.last_values(),
-            }
-        )
+    def _write_result(
+        self,
+        state: Literal["COMPLETED", "CANCELLED", "HELD"],
+        *,
+        reason: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        if self.rank == 0:
+            write_result(
+                self.folder,
+                state,
+                attempts=self.attempt + 1,
+                reason=reason,
+                final_step=self._done,
+                weights_sha256=weights_sha256,
+                metrics=self._journal.last_values(),
+            )

@@ -91,7 +91,9 @@ def read_attempts(events: Iterable[dict[str, Any]]) -> list[Attempt]:
         _take(attempt, event)
     attempts = [found[number] for number in sorted(found)]
     for attempt in attempts[:-1]:
-        if attempt.ended_by is None:
+        # Whoever follows up on a failure writes `requeued`. Where nobody did, the scheduler took the job back by
+        # itself: the errors are those of ranks whose peers were gone.
+        if attempt.ended_by is None or (attempt.ended_by == "failed" and not attempt.requeued):
             attempt.ended_by = "preempted" if attempt.number in signalled else "node_failure"
     return attempts
 

@@ -110,7 +110,8 @@ def _fruitless(attempts: list[Attempt]) -> int:
 
 
 def _seen_before(error: str, attempts: list[Attempt]) -> bool:
-    return any(attempt.error and _signature(attempt.error) == _signature(error) for attempt in attempts)
+    failed = (attempt.error for attempt in attempts if attempt.ended_by == "failed" and attempt.error)
+    return any(_signature(earlier) == _signature(error) for earlier in failed)
 
 
 def _signature(error: str) -> str:
