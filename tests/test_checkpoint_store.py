@@ -202,7 +202,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(small_disk: Path) -
 def test_a_disk_that_fills_up_meanwhile(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = small_disk / "checkpoints"
     put(root, SoloGroup(), 1)
-    monkeypatch.setattr("cfe_hpc.checkpoints.store._MARGIN_BYTES", 0)
+    monkeypatch.setattr("cfe_hpc.checkpoints.drafts._MARGIN_BYTES", 0)
 
     def fill(moment: str) -> None:
         if moment == "draft-made":

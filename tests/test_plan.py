@@ -218,7 +218,7 @@ def test_nothing_to_remark(here: Path) -> None:
         ("program-missing", "warning", {"entry": None, "command": ["no-such-program"]}, {}),
         ("signal-at-start", "warning", {**SAVING, "resources": {"time": "170s"}}, {"scheduler": "slurm"}),
         ("no-time-limit", "note", {**SAVING, "resources": {"partition": "open"}}, {"scheduler": "slurm"}),
-        ("not-yet", "note", {"checkpoint": {"every": "5m", "async": True}}, {}),
+        ("staging-unused", "note", {"checkpoint": {"every": "5m", "staging_memory": "1GiB"}}, {}),
         ("not-yet", "warning", {**SAVING, "metrics": {"otlp_endpoint": "http://c:4318"}}, {}),
         ("runs-root", "error", SAVING, {"storage": {"runs_root": "file/runs"}}),
         (

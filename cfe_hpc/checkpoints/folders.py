@@ -22,7 +22,7 @@ from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest
 from cfe_hpc.errors import CorruptCheckpoint
 from cfe_hpc.files import fsync_dir
 
-__all__ = ["committed", "discard", "draft_name", "put_in_place", "step_name", "sweep_drafts", "sweep_trash"]
+__all__ = ["committed", "discard", "draft_name", "put_in_place", "settle", "step_name", "sweep_drafts", "sweep_trash"]
 
 _log = logging.getLogger(__name__)
 _STEP = re.compile(r"^step-(\d{9,})$")
@@ -135,10 +135,12 @@ def sweep_drafts(root: Path, attempt: int) -> None:
     for name in _names(root):
         match = _DRAFT.match(name)
         if match and int(match.group(2)) < attempt:
-            _settle(root / name, root / match.group(1))
+            settle(root / name, root / match.group(1))
 
 
-def _settle(draft: Path, target: Path) -> None:
+def settle(draft: Path, target: Path) -> None:
+    """Put a draft that nobody writes any more in place when it is complete and `target` is not there; delete it
+    otherwise. Failures are logged."""
     try:
         if not target.exists() and _is_complete(draft):
             os.rename(draft, target)

@@ -17,7 +17,7 @@ from pathlib import Path
 from cfe_hpc.checkpoints.checksum import crc32c
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
 from cfe_hpc.checkpoints.manifest import VERSION, FileFacts, Identity, ShardIndex, data_name, index_name
-from cfe_hpc.checkpoints.staging import Source
+from cfe_hpc.checkpoints.staging import Chunks
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 
 __all__ = ["ShardReader", "data_facts", "header", "num_chunks", "write_data", "write_file"]
@@ -56,10 +56,10 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def write_data(path: Path, source: Source) -> tuple[int, ...]:
+def write_data(path: Path, source: Chunks) -> tuple[int, ...]:
     """Write a new data file, durable on return; it bypasses the page cache where the filesystem can do that.
 
-    While one chunk is written, the next is copied and summed.
+    While one chunk is written, the next is fetched and summed.
 
     Returns:
         crc32c of each chunk.
@@ -96,7 +96,7 @@ def _open_direct(path: Path) -> int:
     return os.open(path, flags & ~os.O_EXCL, 0o644)  # Linux makes the file before it refuses the flag
 
 
-def _stream(fd: int, source: Source) -> tuple[int, ...]:
+def _stream(fd: int, source: Chunks) -> tuple[int, ...]:
     buffer_bytes = min(CHUNK_BYTES, source.size_bytes)
     buffers = [memoryview(mmap.mmap(-1, buffer_bytes)) for _ in range(2)]  # page-aligned, as O_DIRECT asks
     sums: list[int] = []
@@ -104,8 +104,8 @@ def _stream(fd: int, source: Source) -> tuple[int, ...]:
     with ThreadPoolExecutor(1, "checkpoint-writer") as writer:
         for index in range(num_chunks(source.size_bytes)):
             start = index * CHUNK_BYTES
-            chunk = buffers[index % 2][: min(CHUNK_BYTES, source.size_bytes - start)]
-            source.copy(start, chunk)
+            buffer = buffers[index % 2][: min(CHUNK_BYTES, source.size_bytes - start)]
+            chunk = source.chunk(start, buffer)
             sums.append(crc32c(chunk))
             if writing is not None:
                 writing.result()

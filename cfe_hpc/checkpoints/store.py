@@ -7,8 +7,6 @@ fails, on whichever rank, fails on all of them with one message; older checkpoin
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,34 +14,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
-from cfe_hpc.checkpoints.checksum import crc32c
 from cfe_hpc.checkpoints.layout import place
-from cfe_hpc.checkpoints.manifest import (
-    MANIFEST,
-    FileFacts,
-    Identity,
-    Manifest,
-    ShardIndex,
-    data_name,
-    index_name,
-)
+from cfe_hpc.checkpoints.manifest import Identity, Manifest
 from cfe_hpc.checkpoints.protocols import Fault, Group, Piece
 from cfe_hpc.checkpoints.reader import Opened, parse_manifest, read_manifest_bytes
-from cfe_hpc.checkpoints.shard import data_facts, header, write_data, write_file
+from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
-from cfe_hpc.files import fsync_dir
 from cfe_hpc.runfolder import utc_now
-from cfe_hpc.units import format_size
 
-__all__ = ["CheckpointInfo", "Content", "Report", "newest", "save"]
+__all__ = ["CheckpointInfo", "Content", "Report", "newest", "save", "size_bytes"]
 
 Report = Callable[[Path, str], None]
 """Called on rank 0 with the folder of a checkpoint that cannot be used, and why, in one line."""
-
-_MARGIN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +87,9 @@ def save(
             filesystem lets it; older checkpoints, one of the same step included, are as they were.
     """
     started = monotonic()
-    moment = on_fault or _ignore
-    source_bytes = [int(size) for size in all_ranks(group, lambda: str(_size_bytes(content)).encode())]
-    token = first_rank(group, lambda: _make_draft(root, step, attempt, sum(source_bytes))).decode()
+    moment = on_fault or drafts.ignore
+    source_bytes = [int(size) for size in all_ranks(group, lambda: str(size_bytes(content)).encode())]
+    token = first_rank(group, lambda: drafts.make_draft(root, step, attempt, sum(source_bytes))).decode()
     draft = root / folders.draft_name(step, attempt, token)
     identity = Identity(run_id=run_id, step=step, attempt=attempt, world_size=group.size, token=token)
     moment("draft-made")
@@ -115,9 +100,9 @@ def save(
             time=utc_now(),
             layout=content.layout,
             metrics={name: float(value) for name, value in (metrics or {}).items()},
-            files=_files(facts),
+            files=drafts.files(facts),
         )
-        first_rank(group, lambda: _commit(root, draft, manifest, moment))
+        first_rank(group, lambda: drafts.commit(root, draft, manifest, moment))
     except CheckpointError:
         if group.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -131,65 +116,21 @@ def save(
     )
 
 
-def _ignore(moment: str) -> None:
-    del moment
+def size_bytes(content: Content) -> int:
+    """Bytes that a rank's part takes on disk, nearly: its data file and its state.
 
-
-def _size_bytes(content: Content) -> int:
+    Raises:
+        CheckpointError: a piece does not fit its dtype and shape.
+    """
     return place([*content.pieces, *content.own]).size_bytes + len(json.dumps(content.state, allow_nan=False))
-
-
-def _make_draft(root: Path, step: int, attempt: int, needed_bytes: int) -> bytes:
-    root.mkdir(parents=True, exist_ok=True)
-    space = os.statvfs(root)
-    free_bytes = space.f_bavail * space.f_frsize
-    if needed_bytes + _MARGIN_BYTES > free_bytes:
-        raise CheckpointError(
-            f"{folders.step_name(step)}: No space left on device: the checkpoint takes {format_size(needed_bytes)} "
-            f"and {format_size(free_bytes)} are free in {root}"
-        )
-    token = secrets.token_hex(4)
-    (root / folders.draft_name(step, attempt, token)).mkdir()
-    return token.encode()
 
 
 def _write_shard(draft: Path, identity: Identity, rank: int, content: Content, moment: Fault) -> bytes:
     pieces = [*content.pieces, *content.own]
     placement = place(pieces)
     source = Source(header(identity, rank), placement, [piece.data for piece in pieces])
-    chunks = write_data(draft / data_name(rank), source)
-    moment("data-written")
-    index = ShardIndex(
-        identity=identity,
-        rank=rank,
-        data_bytes=placement.size_bytes,
-        chunks=chunks,
-        shared=placement.extents[: len(content.pieces)],
-        own=placement.extents[len(content.pieces) :],
-        state=content.state,
-    ).seal()
-    write_file(draft / index_name(rank), index)
-    moment("index-written")
-    data = data_facts(placement.size_bytes, chunks)
-    return json.dumps([data.size_bytes, data.crc32c, len(index), crc32c(index)]).encode()
-
-
-def _files(facts: Sequence[bytes]) -> dict[str, FileFacts]:
-    files = {}
-    for rank, packed in enumerate(facts):
-        data_bytes, data_sum, index_bytes, index_sum = json.loads(packed)
-        files[data_name(rank)] = FileFacts(size_bytes=data_bytes, crc32c=data_sum)
-        files[index_name(rank)] = FileFacts(size_bytes=index_bytes, crc32c=index_sum)
-    return files
-
-
-def _commit(root: Path, draft: Path, manifest: Manifest, moment: Fault) -> bytes:
-    Opened(draft, manifest)  # every index is there, and no tensor has a gap
-    write_file(draft / MANIFEST, manifest.seal())
-    fsync_dir(draft)
-    moment("manifest-written")
-    folders.put_in_place(draft, root / folders.step_name(manifest.identity.step))
-    return b""
+    index = drafts.unwritten_index(identity, rank, placement, num_shared=len(content.pieces), state=content.state)
+    return drafts.write_shard(draft, index, source, moment)
 
 
 def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Report | None = None) -> Opened | None:

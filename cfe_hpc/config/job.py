@@ -96,7 +96,19 @@ class Checkpoint(Strict):
         description='a logged value and its better end, "val_loss:min"',
         examples=['"val_loss:min"'],
     )
-    async_: bool = Field(False, alias="async", description="write beside training", examples=["true"])
+    async_: bool = Field(
+        False,
+        alias="async",
+        description="training waits for a copy in memory only; it is written out while training goes on",
+        examples=["true"],
+    )
+    staging_memory: SizeBytes | None = Field(
+        None,
+        gt=0,
+        description="most memory that each rank may take for that copy, beyond which training waits for the disk; "
+        "as much as its part of the state when left out",
+        examples=['"8GiB"'],
+    )
 
 
 class Recovery(Strict):

@@ -18,7 +18,7 @@ from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import Problem
 from cfe_hpc.process import CommandError, run
-from cfe_hpc.units import format_duration
+from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["CHECKS", "Finding", "check", "cost_of_attempt"]
 
@@ -105,6 +105,14 @@ def _kept_seldom(loaded: Loaded, plan: Plan) -> Found:
         yield "warning", _problem(loaded, "job.checkpoint.keep_every_steps", what, f"use a multiple of {every}", keep)
 
 
+def _staging_unused(loaded: Loaded, plan: Plan) -> Found:
+    checkpoint = loaded.job.checkpoint
+    if checkpoint.staging_memory is not None and not checkpoint.async_:
+        what, remedy = "bounds what asynchronous checkpoints take, and these are not", "set async = true"
+        value = format_size(checkpoint.staging_memory)
+        yield "note", _problem(loaded, "job.checkpoint.staging_memory", what, remedy, value)
+
+
 def _short_grace(loaded: Loaded, plan: Plan) -> Found:
     grace = plan.preemption.grace
     if plan.preemption.mode != "off" and grace < plan.signal_lead_s:
@@ -171,9 +179,6 @@ def _program_missing(loaded: Loaded, plan: Plan) -> Found:
 
 
 def _not_yet(loaded: Loaded, plan: Plan) -> Found:
-    if loaded.job.checkpoint.async_:
-        what = "this version writes checkpoints while training waits"
-        yield "note", _problem(loaded, "job.checkpoint.async", what, "nothing to do: they are as safe", "true")
     if loaded.job.metrics.otlp_endpoint is not None:
         what, remedy = "this version does not export OpenTelemetry", "use pushgateway or port"
         yield "warning", _problem(loaded, "job.metrics.otlp_endpoint", what, remedy, loaded.job.metrics.otlp_endpoint)
@@ -196,6 +201,7 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "program-missing": _program_missing,
     "no-checkpoints": _no_checkpoints,
     "kept-seldom": _kept_seldom,
+    "staging-unused": _staging_unused,
     "short-grace": _short_grace,
     "signal-at-start": _signal_at_start,
     "no-time-limit": _no_time_limit,

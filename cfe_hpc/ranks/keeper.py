@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints import store, tracked
+from cfe_hpc.checkpoints.background import Background, StagingError
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.rotation import rotate
 from cfe_hpc.config.run import RunSpec
@@ -24,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Saves and restores what a run tracks. `save` and `restore` are collective."""
+    """Saves and restores what a run tracks; every method that saves or restores is collective.
+
+    With `checkpoint.async` a save that comes due is begun at its boundary and goes on at later ones; without, it is
+    done at once.
+    """
 
     def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, journal: Journal) -> None:
         self._root, self._run_id = folder.checkpoints, spec.run_id
@@ -35,6 +41,10 @@ class Keeper:
         self._saved_step: int | None = None
         self._resumed_step: int | None = None
         self._saved_s = time.monotonic()
+        self._background: Background | None = None
+        self._reserved = False
+        self._late = False
+        self._blocked_seconds = 0.0
 
     def track(self, objects: Mapping[str, Any]) -> None:
         """See Run.track."""
@@ -76,14 +86,15 @@ class Keeper:
             # Starting again at step 0 would rotate away what a person might still mend.
             remedy = f"mend or remove them, then `cfe-hpc requeue {self._run_id}`"
             raise CorruptCheckpoint(f"{error}; {remedy}") from error
-        if opened is None:
-            self._saved_s = time.monotonic()
-            return 0
-        self._load(opened)
-        self._saved_step = self._resumed_step = opened.step
+        if opened is not None:
+            self._load(opened)
+            self._saved_step = self._resumed_step = opened.step
+            seconds = round(time.monotonic() - started_s, 3)
+            self._journal.event("resumed", step=opened.step, seconds=seconds)
+        if self._policy.async_:
+            self._start_background()
         self._saved_s = time.monotonic()
-        self._journal.event("resumed", step=opened.step, seconds=round(self._saved_s - started_s, 3))
-        return opened.step
+        return 0 if opened is None else opened.step
 
     def _skip(self, path: Path, why: str) -> None:
         logger.warning("%s: not used: %s", path.name, why)
@@ -98,22 +109,75 @@ class Keeper:
             device=self._place.device.torch_device(self._place.facts.local_rank),
         )
 
-    def due_by_step(self, done: int) -> bool:
-        """Whether the schedule counted in steps asks for a save now."""
-        return self._policy.every_steps is not None and done % self._policy.every_steps == 0
-
     def due_by_time(self) -> bool:
         """Whether the schedule in time asks for a save now, by this rank's clock."""
         return self._policy.every is not None and time.monotonic() - self._saved_s >= self._policy.every
 
-    def save(self, done: int) -> bool:
-        """Save the state after `done` steps, unless that is saved already, and rotate old checkpoints away.
+    def busy(self) -> bool:
+        """Whether this rank's part of a save in flight is still being written; to be agreed on for `boundary`."""
+        return self._background is not None and self._background.busy()
 
-        A save that fails is an event and a warning; training goes on from what it has.
+    def advance(self, busy: bool) -> None:
+        """Let the save in flight, if there is one, take its next step.
+
+        Args:
+            busy: whether any rank is; the same on every rank.
+        """
+        if self._background is not None and self._background.in_flight is not None:
+            self._settle(self._background.in_flight, partial(self._background.advance, busy))
+
+    def boundary(self, done: int, *, due_by_time: bool) -> bool:
+        """Begin the save that is due after `done` steps, if one is.
+
+        Returns:
+            Whether training was kept waiting.
+        """
+        by_step = self._policy.every_steps is not None and done % self._policy.every_steps == 0
+        if due_by_time or by_step or self._late:
+            self.begin(done)
+        elif self._background is not None and not self._reserved:
+            self._reserve(self._background)
+        else:
+            return False
+        return True
+
+    def begin(self, done: int) -> None:
+        """Save the state after `done` steps, beside training if the job asks for that.
+
+        While another save is in flight nothing is begun: this one's place is the first boundary after it.
+        """
+        if self._background is None:
+            self._save(done)
+        elif self._background.in_flight is None:
+            self._late = False
+            self._begin(self._background, done)
+        elif not self._late:
+            self._late = True
+            detail = f"the checkpoint of step {self._background.in_flight} is still being written"
+            logger.warning("checkpoint of step %d waits: %s", done, detail)
+            self._journal.event("degraded", step=done, reason="checkpoint_late", detail=detail)
+
+    def save(self, done: int) -> bool:
+        """Save the state after `done` steps, unless that is saved already; durable on return.
+
+        A save in flight is waited for first. One that fails is an event and a warning; training goes on from what
+        it has.
 
         Returns:
             Whether a checkpoint of this very step is committed.
         """
+        if self._background is not None and self._background.in_flight is not None:
+            self._settle(self._background.in_flight, self._background.finish)
+        return self._save(done)
+
+    def close(self) -> None:
+        """End what writes beside training: this rank saves no more. Not collective."""
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+
+    def _save(self, done: int) -> bool:
+        """Write the checkpoint from this very process, and rotate old ones away."""
         if self._saved_step == done:
             return True
         group, metrics = self._place.group, self._journal.take_metrics()
@@ -128,17 +192,85 @@ class Keeper:
                 metrics=metrics,
             )
         except CheckpointError as error:
-            self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
-            logger.warning("checkpoint of step %d failed: %s", done, error)
-            self._journal.event("checkpoint_failed", step=done, reason="save", detail=str(error))
+            self._failed(done, error)
             return False
-        self._saved_step, self._saved_s = done, time.monotonic()
-        figures = {"checkpoint_seconds": info.seconds, "checkpoint_bytes": float(info.size_bytes)}
-        self._journal.publish(figures, step=done)
-        self._journal.event("checkpoint_saved", step=done, seconds=round(info.seconds, 3), detail=info.path.name)
+        self._saved(info, blocked_seconds=info.seconds)
+        self._saved_s = time.monotonic()
         if group.rank == 0:
-            rotate(self._root, self._policy, protect={self._resumed_step} if self._resumed_step is not None else set())
+            rotate(self._root, self._policy, protect=self._protected())
         return True
+
+    def _failed(self, step: int, error: CheckpointError) -> None:
+        self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
+        logger.warning("checkpoint of step %d failed: %s", step, error)
+        self._journal.event("checkpoint_failed", step=step, reason="save", detail=str(error))
+
+    def _saved(self, info: store.CheckpointInfo, blocked_seconds: float) -> None:
+        self._saved_step = info.step
+        figures = {"checkpoint_seconds": blocked_seconds, "checkpoint_bytes": float(info.size_bytes)}
+        self._journal.publish(figures, step=info.step)
+        self._journal.event("checkpoint_saved", step=info.step, seconds=round(info.seconds, 3), detail=info.path.name)
+
+    def _protected(self) -> set[int]:
+        return {self._resumed_step} if self._resumed_step is not None else set()
+
+    def _start_background(self) -> None:
+        background = Background(
+            root=self._root,
+            run_id=self._run_id,
+            attempt=self._place.facts.attempt,
+            group=self._place.group,
+            limit_bytes=self._policy.staging_memory,
+            policy={name: getattr(self._policy, name) for name in ("keep_last", "keep_every_steps", "keep_best")},
+            protect=sorted(self._protected()),
+        )
+        self._background = background
+        try:
+            background.start()
+        except StagingError as error:
+            self._give_up(error)
+
+    def _reserve(self, background: Background) -> None:
+        """Have the memory before the first save, but after a step: only then have optimizers all of their state."""
+        self._reserved = True
+        try:
+            background.reserve(tracked.capture(self._objects, group=self._place.group, facts=self._facts))
+        except StagingError as error:
+            self._give_up(error)
+        except CheckpointError as error:
+            logger.warning("checkpoints will fail: %s", error)
+
+    def _begin(self, background: Background, done: int) -> None:
+        if self._saved_step == done:
+            return
+        began_s = time.monotonic()
+        self._reserved = True
+        try:
+            content = tracked.capture(self._objects, group=self._place.group, facts=self._facts)
+            background.begin(content, step=done, metrics=self._journal.take_metrics())
+        except StagingError as error:
+            self._give_up(error)
+            self._save(done)
+        except CheckpointError as error:
+            self._failed(done, error)
+        self._saved_s = time.monotonic()
+        self._blocked_seconds = self._saved_s - began_s
+
+    def _give_up(self, error: StagingError) -> None:
+        """Save while training waits, from now on."""
+        logger.warning("checkpoints are written while training waits: %s", error)
+        self._journal.event("degraded", reason="checkpoint_staging", detail=str(error))
+        self.close()
+
+    def _settle(self, step: int, act: Callable[[], store.CheckpointInfo | None]) -> None:
+        """`act` on the save of `step`, and tell what became of it."""
+        try:
+            info = act()
+        except CheckpointError as error:
+            self._failed(step, error)
+            return
+        if info is not None:
+            self._saved(info, blocked_seconds=self._blocked_seconds)
 
     def weights_sha256(self) -> str | None:
         """The digest of everything tracked that holds weights; see ranks.weights. Collective."""

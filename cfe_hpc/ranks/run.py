@@ -176,8 +176,11 @@ class Run:
             self._stop(bits, self._done + int(self._in_body and updated))
 
     def checkpoint(self) -> None:
-        """Save now, whatever the schedule says. Collective; inside the body of `steps`, the update must be done."""
-        self._keeper.save(self._done + int(self._in_body))
+        """Save now, whatever the schedule says. Collective; inside the body of `steps`, the update must be done.
+
+        With `checkpoint.async` it is written beside training, after one that is still in flight.
+        """
+        self._keeper.begin(self._done + int(self._in_body))
 
     def finish(self, metrics: Mapping[str, float] | None = None) -> None:
         """Write the final checkpoint and result.json; called by `steps` at its end. Collective.
@@ -188,6 +191,7 @@ class Run:
         if not self._journal.finished:
             self._journal.flush(self._done)
             self._keeper.save(self._done)
+            self._keeper.close()
             digest = self._keeper.weights_sha256()
             self._journal.close(timeout_s=5.0)
             self._write_result("COMPLETED", weights_sha256=digest)
@@ -205,19 +209,23 @@ class Run:
         self._journal.close(timeout_s=2.0)
 
     def _boundary(self, total: int) -> None:
-        bits, save_due = self._agree(time_due=self._keeper.due_by_time())
+        bits, due_by_time = self._agree(time_due=self._keeper.due_by_time())
         if self._done == total:
             return  # what is left to do is what a stop would do: save, and write it down
         if bits:
             self._stop(bits, self._done)
-        if save_due or self._keeper.due_by_step(self._done):
-            self._keeper.save(self._done)
+        if self._keeper.boundary(self._done, due_by_time=due_by_time):
             self._journal.step_begins()
 
     def _agree(self, *, time_due: bool) -> tuple[int, bool]:
-        """(stop bits, save due by time), the same on every rank. Clocks differ: rank 0's decides."""
+        """(stop bits, save due by time), the same on every rank. Clocks differ: rank 0's decides.
+
+        A save in flight goes on here: whether any rank still writes costs no collective of its own.
+        """
         stop_bits = self._flag.bits | (1 << len(signals.STOP_SIGNALS) if self._stop_at_once else 0)
-        agreed = self.group.all_max([stop_bits, int(time_due and self.rank == 0)])
+        mine = [stop_bits, int(time_due and self.rank == 0), int(self._keeper.busy())]
+        agreed = self.group.all_max(mine)
+        self._keeper.advance(bool(agreed[2]))
         return agreed[0], bool(agreed[1])
 
     def _stop(self, bits: int, done: int) -> None:
@@ -238,6 +246,7 @@ class Run:
         if self._unanswered(inquiry):
             self._journal.step_begins()
             return
+        self._keeper.close()
         self._done = done
         self._journal.close(timeout_s=2.0)
         verdict = conclude(

@@ -1,0 +1,127 @@
+"""The steps of a save, whoever takes them: the ranks themselves, or writer processes beside them.
+
+A draft folder, a data file and an index from each rank, then a manifest and a rename. Nothing here is collective.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints.checksum import crc32c
+from cfe_hpc.checkpoints.layout import Placement
+from cfe_hpc.checkpoints.manifest import (
+    MANIFEST,
+    FileFacts,
+    Identity,
+    Manifest,
+    ShardIndex,
+    data_name,
+    index_name,
+)
+from cfe_hpc.checkpoints.protocols import Fault
+from cfe_hpc.checkpoints.reader import Opened
+from cfe_hpc.checkpoints.shard import data_facts, write_data, write_file
+from cfe_hpc.checkpoints.staging import Chunks
+from cfe_hpc.errors import CheckpointError
+from cfe_hpc.files import fsync_dir
+from cfe_hpc.units import format_size
+
+__all__ = ["commit", "files", "ignore", "make_draft", "unwritten_index", "write_shard"]
+
+_MARGIN_BYTES = 1 << 20
+
+
+def ignore(moment: str) -> None:
+    """The Fault that does nothing."""
+    del moment
+
+
+def make_draft(root: Path, step: int, attempt: int, needed_bytes: int) -> bytes:
+    """Make the draft folder of a save, and `root` when it is missing; the save's token.
+
+    Raises:
+        CheckpointError: fewer than `needed_bytes` are free.
+        OSError: the folder cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    space = os.statvfs(root)
+    free_bytes = space.f_bavail * space.f_frsize
+    if needed_bytes + _MARGIN_BYTES > free_bytes:
+        raise CheckpointError(
+            f"{folders.step_name(step)}: No space left on device: the checkpoint takes {format_size(needed_bytes)} "
+            f"and {format_size(free_bytes)} are free in {root}"
+        )
+    token = secrets.token_hex(4)
+    (root / folders.draft_name(step, attempt, token)).mkdir()
+    return token.encode()
+
+
+def unwritten_index(
+    identity: Identity, rank: int, placement: Placement, *, num_shared: int, state: object
+) -> ShardIndex:
+    """The index of a data file that is still to be written: it lacks the chunks' checksums.
+
+    Args:
+        num_shared: extents, from the first on, of tensors that belong to the checkpoint as a whole.
+    """
+    return ShardIndex(
+        identity=identity,
+        rank=rank,
+        data_bytes=placement.size_bytes,
+        chunks=(),
+        shared=placement.extents[:num_shared],
+        own=placement.extents[num_shared:],
+        state=state,
+    )
+
+
+def write_shard(draft: Path, index: ShardIndex, source: Chunks, moment: Fault = ignore) -> bytes:
+    """Write one rank's data file and its index, both durable on return; what `files` needs to know of them.
+
+    Args:
+        index: an `unwritten_index`.
+
+    Raises:
+        OSError: naming the file.
+    """
+    chunks = write_data(draft / data_name(index.rank), source)
+    moment("data-written")
+    sealed = replace(index, chunks=chunks).seal()
+    write_file(draft / index_name(index.rank), sealed)
+    moment("index-written")
+    data = data_facts(index.data_bytes, chunks)
+    return json.dumps([data.size_bytes, data.crc32c, len(sealed), crc32c(sealed)]).encode()
+
+
+def files(facts: Sequence[bytes]) -> dict[str, FileFacts]:
+    """The manifest's list of files: `facts` is what `write_shard` returned, by rank."""
+    found = {}
+    for rank, packed in enumerate(facts):
+        data_bytes, data_sum, index_bytes, index_sum = json.loads(packed)
+        found[data_name(rank)] = FileFacts(size_bytes=data_bytes, crc32c=data_sum)
+        found[index_name(rank)] = FileFacts(size_bytes=index_bytes, crc32c=index_sum)
+    return found
+
+
+def commit(root: Path, draft: Path, manifest: Manifest, moment: Fault = ignore) -> bytes:
+    """Make a draft with all its shards count: manifest, fsync, rename; durable on return.
+
+    Returns:
+        Nothing, as bytes: what agree's functions take.
+
+    Raises:
+        CorruptCheckpoint: a shard is missing, or a tensor has a gap.
+        OSError: the draft is still a draft.
+    """
+    Opened(draft, manifest)  # every index is there, and no tensor has a gap
+    write_file(draft / MANIFEST, manifest.seal())
+    fsync_dir(draft)
+    moment("manifest-written")
+    folders.put_in_place(draft, root / folders.step_name(manifest.identity.step))
+    return b""
