@@ -22,13 +22,13 @@ from cfe_hpc.checkpoints.store import newest
 KILLS = 32
 
 
-def start(root: Path, size: int, attempt: int) -> list[subprocess.Popen[str]]:
+def start(root: Path, size: int, attempt: int, worker: str = "checkpoint_worker.py") -> list[subprocess.Popen[str]]:
     pairs = [socket.socketpair() for _ in range(size - 1)]
     links = [[one for one, _ in pairs], *([other] for _, other in pairs)]
     ranks = []
     for rank in range(size):
         fds = [link.fileno() for link in links[rank]]
-        words = [sys.executable, str(Path(__file__).with_name("checkpoint_worker.py")), str(root)]
+        words = [sys.executable, str(Path(__file__).with_name(worker)), str(root)]
         words += map(str, [rank, size, attempt, *fds])
         ranks.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=fds))
     for one, other in pairs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,6 +21,7 @@ from cfe_hpc.checkpoints.layout import Placement, place
 from cfe_hpc.checkpoints.manifest import Identity, Manifest
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.checkpoints.reader import read_manifest
+from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
@@ -65,7 +66,7 @@ class Background:
     Args:
         root: the checkpoints folder.
         limit_bytes: memory that this rank may use for staging; None for as much as the state takes.
-        policy: the fields of config.job.Checkpoint that say what stays.
+        policy: what stays.
         protect: steps that stay in any case.
     """
 
@@ -74,7 +75,7 @@ class Background:
     attempt: int
     group: Group
     limit_bytes: int | None = None
-    policy: Mapping[str, Any] = field(default_factory=dict)
+    policy: Retention = field(default_factory=Retention)
     protect: list[int] = field(default_factory=list)
     _worker: Worker = field(default_factory=Worker, init=False)
     _flight: _Flight | None = field(default=None, init=False)
@@ -261,7 +262,7 @@ class Background:
                 "root": str(self.root),
                 "draft": str(draft),
                 "manifest_bytes": len(manifest),
-                "policy": dict(self.policy),
+                "policy": asdict(self.policy),
                 "protect": self.protect,
             }
         )

@@ -7,14 +7,34 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from cfe_hpc.checkpoints import folders
 from cfe_hpc.checkpoints.manifest import Manifest
 from cfe_hpc.checkpoints.reader import read_manifest
-from cfe_hpc.config.job import Checkpoint
 from cfe_hpc.errors import CorruptCheckpoint
 
-__all__ = ["Kept", "glance", "inventory", "rotate", "superfluous"]
+__all__ = ["Kept", "Policy", "Retention", "glance", "inventory", "rotate", "superfluous"]
+
+
+class Policy(Protocol):
+    """What stays; config.job.Checkpoint is one, and says what each means."""
+
+    @property
+    def keep_last(self) -> int: ...
+    @property
+    def keep_every_steps(self) -> int | None: ...
+    @property
+    def keep_best(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """A Policy by itself, for a process that has no job file and loads no models of one."""
+
+    keep_last: int = 1
+    keep_every_steps: int | None = None
+    keep_best: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +81,7 @@ def inventory(root: Path) -> list[Kept]:
     return sorted(found, key=lambda each: (each.manifest.identity.attempt, each.step), reverse=True)
 
 
-def superfluous(checkpoints: Sequence[Kept], policy: Checkpoint, protect: Collection[int]) -> list[Kept]:
+def superfluous(checkpoints: Sequence[Kept], policy: Policy, protect: Collection[int]) -> list[Kept]:
     """Those that no reason keeps: not among the last `keep_last`, not on a step of `keep_every_steps`, not the best
     by `keep_best`, not protected.
 
@@ -85,7 +105,7 @@ def _best(checkpoints: Sequence[Kept], rule: str) -> set[int]:
     return {max(ranked)[2]} if ranked else set()
 
 
-def rotate(root: Path, policy: Checkpoint, *, protect: Collection[int]) -> list[int]:
+def rotate(root: Path, policy: Policy, *, protect: Collection[int]) -> list[int]:
     """Delete what the policy does not keep, and finish deletions that were cut short. Rank 0 alone calls it.
 
     What is not whole is left where it is and counts for nothing. Failures to delete are logged, never raised.

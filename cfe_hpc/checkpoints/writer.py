@@ -23,6 +23,7 @@ from typing import Any
 from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import reason
 from cfe_hpc.checkpoints.manifest import Manifest, ShardIndex, index_name
+from cfe_hpc.checkpoints.rotation import Retention, rotate
 from cfe_hpc.checkpoints.staging import Arena, Staged
 
 __all__ = ["HELD_SIGNALS", "MESSAGE_BYTES", "main"]
@@ -85,12 +86,8 @@ def _commit(arena: Arena, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotate(root: Path, policy: Mapping[str, Any], protect: list[int]) -> None:
-    # Here, for it loads the models of job files, which the other ranks' writers never need.
-    from cfe_hpc.checkpoints.rotation import rotate
-    from cfe_hpc.config.job import Checkpoint
-
     try:
-        rotate(root, Checkpoint(**policy), protect=protect)
+        rotate(root, Retention(**policy), protect=protect)
     except OSError as error:
         print(f"cfe_hpc: older checkpoints were not deleted: {reason(error)}", file=sys.stderr)
 

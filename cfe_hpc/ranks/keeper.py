@@ -12,7 +12,7 @@ from typing import Any
 from cfe_hpc.checkpoints import store, tracked
 from cfe_hpc.checkpoints.background import Background, StagingError
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import rotate
+from cfe_hpc.checkpoints.rotation import Retention, rotate
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, UsageError
 from cfe_hpc.ranks.bootstrap import Place
@@ -221,7 +221,11 @@ class Keeper:
             attempt=self._place.facts.attempt,
             group=self._place.group,
             limit_bytes=self._policy.staging_memory,
-            policy={name: getattr(self._policy, name) for name in ("keep_last", "keep_every_steps", "keep_best")},
+            policy=Retention(
+                keep_last=self._policy.keep_last,
+                keep_every_steps=self._policy.keep_every_steps,
+                keep_best=self._policy.keep_best,
+            ),
             protect=sorted(self._protected()),
         )
         self._background = background

@@ -1,0 +1,215 @@
+"""Saving beside training: the bytes are those of the step; what is killed, full or late costs no more than a save."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_groups import all_good, run_ranks
+from test_checkpoint_kill import check, kill, start, verified
+from test_checkpoint_store import content, find, small_disk
+
+from cfe_hpc.checkpoints import drafts
+from cfe_hpc.checkpoints.background import Background, StagingError
+from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
+from cfe_hpc.checkpoints.rotation import Retention
+from cfe_hpc.checkpoints.store import Content, newest
+from cfe_hpc.errors import CheckpointError
+
+KILLS = 24
+
+__all__ = ["small_disk"]
+
+
+@contextlib.contextmanager
+def saving(root: Path, group: Any, **options: Any) -> Iterator[Background]:
+    saves = Background(root=root, run_id="run-1", attempt=0, group=group, **options)
+    try:
+        yield saves
+    finally:
+        saves.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (and, if it was ours, is reaped)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_for(ready: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + 30
+    while not (answer := ready()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+    return answer
+
+
+def test_what_is_saved_is_the_state_when_the_save_began(tmp_path: Path) -> None:
+    def work(group: Any) -> list[int]:
+        steps = []
+        with saving(tmp_path, group, policy=Retention(keep_last=2)) as saves:
+            saves.start()
+            for step in (1, 2, 3):
+                live = content(step, group)
+                memory = [bytearray(piece.data) for piece in (*live.pieces, *live.own)]
+                aliases = [
+                    Piece(
+                        name=piece.name, dtype=piece.dtype, shape=piece.shape, start=piece.start, data=memoryview(copy)
+                    )
+                    for piece, copy in zip((*live.pieces, *live.own), memory, strict=True)
+                ]
+                saves.begin(
+                    Content(pieces=aliases[:1], own=aliases[1:], state=live.state, layout=live.layout), step=step
+                )
+                for copy in memory:
+                    copy[:] = bytes(len(copy))
+                assert saves.in_flight == step
+                info = saves.finish()
+                assert info is not None and saves.in_flight is None
+                steps.append(info.step)
+                assert find(tmp_path, group) == (step, [])
+        return steps
+
+    assert all_good(run_ranks(2, work)) == [[1, 2, 3]] * 2
+    assert sorted(os.listdir(tmp_path)) == ["step-000000002", "step-000000003"]
+
+
+def test_a_save_is_committed_at_boundaries_and_nothing_waits_there(tmp_path: Path) -> None:
+    def work(group: Any) -> int:
+        with saving(tmp_path, group) as saves:
+            saves.start()
+            saves.begin(content(1, group), step=1)
+            boundaries, info = 0, None
+            while info is None:
+                info = saves.advance(bool(group.all_max([int(saves.busy())])[0]))
+                boundaries += 1
+                time.sleep(0.001)
+        return boundaries
+
+    boundaries = all_good(run_ranks(2, work))
+    assert boundaries[0] == boundaries[1] >= 2
+    assert all_good(run_ranks(2, lambda group: find(tmp_path, group))) == [(1, [])] * 2
+
+
+def test_state_that_grows_gets_more_memory_and_too_much_is_refused(tmp_path: Path) -> None:
+    def piece(size: int) -> Content:
+        return Content(
+            pieces=[Piece(name="w", dtype="uint8", shape=(size,), start=0, data=memoryview(b"x" * size))], state=1
+        )
+
+    with saving(tmp_path, SoloGroup(), limit_bytes=8 << 20) as saves:
+        for step, size in ((1, 1000), (2, 5 << 20), (3, 10)):
+            saves.begin(piece(size), step=step)
+            assert saves.finish() is not None
+        with pytest.raises(StagingError, match=r"staging takes .* checkpoint\.staging_memory allows 8 MiB"):
+            saves.begin(piece(9 << 20), step=4)
+        assert saves.in_flight is None
+    names = sorted(os.listdir(tmp_path))
+    assert names == ["step-000000001", "step-000000002", "step-000000003"]
+    opened = newest(tmp_path, run_id="run-1", attempt=1, group=SoloGroup())
+    assert opened is not None and opened.step == 3
+
+
+def test_a_disk_that_fills_up_fails_the_save_on_all_ranks_and_leaves_nothing(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, make_draft = small_disk / "checkpoints", drafts.make_draft
+    monkeypatch.setattr(drafts, "_MARGIN_BYTES", 0)
+
+    def then_fill(*words: Any) -> bytes:
+        token = make_draft(*words)
+        if not (small_disk / "fill").exists() and words[1] == 2:
+            with pytest.raises(OSError, match="No space"), open(small_disk / "fill", "ab", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+        return token
+
+    monkeypatch.setattr(drafts, "make_draft", then_fill)
+
+    def work(group: Any) -> str:
+        with saving(root, group) as saves:
+            saves.begin(content(1, group), step=1)
+            assert saves.finish() is not None
+            saves.begin(content(2, group), step=2)
+            with pytest.raises(CheckpointError) as failure:
+                saves.finish()
+            group.barrier()
+            if group.rank == 0:
+                assert os.listdir(root) == ["step-000000001"]
+                (small_disk / "fill").unlink()
+            group.barrier()
+            saves.begin(content(3, group), step=3)
+            assert saves.finish() is not None
+            return str(failure.value)
+
+    messages = all_good(run_ranks(2, work))
+    assert messages[0] == messages[1] and "No space left on device" in messages[0]
+
+
+def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Path) -> None:
+    rng, saved, lost = random.Random(3), 0, 0
+    with saving(tmp_path, SoloGroup(), policy=Retention(keep_last=2)) as saves:
+        newest_step = 0
+        for step in range(1, KILLS + 1):
+            saves.begin(content(step, SoloGroup()), step=step)
+            writer = saves.writer_pid
+            assert writer is not None
+            time.sleep(rng.uniform(0.0, 0.01) if step % 2 else rng.uniform(0.1, 0.3))
+            if step % 4 == 3:  # in the middle of a commit, or after it
+                wait_for(lambda: not saves.busy(), "written")
+                saves.advance(busy=False)
+                time.sleep(rng.uniform(0.0, 0.004))
+            os.kill(writer, signal.SIGKILL)
+            try:
+                info = saves.finish()
+                saved, newest_step = saved + 1, step
+                assert info is not None and info.step == step
+            except CheckpointError as error:
+                lost += 1
+                assert "the writer process has ended (signal 9)" in str(error)
+            assert gone(writer)
+            assert [name for name in os.listdir(tmp_path) if ".tmp-" in name] == []
+            assert find(tmp_path, SoloGroup()) == (newest_step or None, [])
+    assert lost > KILLS // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2], ids=["one rank", "two ranks"])
+def test_ranks_killed_at_any_moment_leave_a_verified_checkpoint_and_no_process(tmp_path: Path, size: int) -> None:
+    root, rng = tmp_path / "checkpoints", random.Random(size)
+    root.mkdir()
+    last, moments = 0, 0
+    for attempt in range(KILLS):
+        ranks = start(root, size, attempt, worker="checkpoint_async_worker.py")
+        writers = [wait_for(lambda rank=rank: children(rank.pid), "writers") for rank in ranks]
+        if attempt % 4 == 3:  # a writer alone, and then the ranks
+            time.sleep(0.2)
+            os.kill(writers[0][0], signal.SIGKILL)
+        words = kill(ranks, rng, rng.uniform(0.0, 0.4))
+        wait_for(lambda writers=writers: all(gone(pid) for pids in writers for pid in pids), "writers are gone")
+        assert all(int(resumed) >= last for resumed, *_ in words), "a committed step was lost"
+        done = max(int(step) for each in words for step in each)
+        moments += any(".tmp-" in name for name in os.listdir(root))
+        there = verified(root)
+        assert not done or done in there
+        last = done
+    opened = newest(root, run_id="run-1", attempt=KILLS, group=SoloGroup())
+    assert opened is not None and opened.step >= last > KILLS // 4
+    check(opened)
+    assert moments > KILLS // 8, "the kills missed the saves"
+    assert [name for name in os.listdir(root) if ".tmp-" in name] == []
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
