@@ -146,14 +146,17 @@ class Keeper:
 
         While another save is in flight nothing is begun: this one's place is the first boundary after it.
         """
+        in_flight = None if self._background is None else self._background.in_flight
+        if done in (self._saved_step, in_flight):
+            return
         if self._background is None:
             self._save(done)
-        elif self._background.in_flight is None:
+        elif in_flight is None:
             self._late = False
             self._begin(self._background, done)
         elif not self._late:
             self._late = True
-            detail = f"the checkpoint of step {self._background.in_flight} is still being written"
+            detail = f"the checkpoint of step {in_flight} is still being written"
             logger.warning("checkpoint of step %d waits: %s", done, detail)
             self._journal.event("degraded", step=done, reason="checkpoint_late", detail=detail)
 
@@ -168,7 +171,7 @@ class Keeper:
         """
         if self._background is not None and self._background.in_flight is not None:
             self._settle(self._background.in_flight, self._background.finish)
-        return self._save(done)
+        return self._saved_step == done or self._save(done)
 
     def close(self) -> None:
         """End what writes beside training: this rank saves no more. Not collective."""
@@ -176,11 +179,10 @@ class Keeper:
             self._background.close()
             self._background = None
 
-    def _save(self, done: int) -> bool:
+    def _save(self, done: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Write the checkpoint from this very process, and rotate old ones away."""
-        if self._saved_step == done:
-            return True
-        group, metrics = self._place.group, self._journal.take_metrics()
+        group = self._place.group
+        metrics = self._journal.take_metrics() if metrics is None else metrics
         try:
             info = store.save(
                 self._root,
@@ -245,16 +247,14 @@ class Keeper:
             logger.warning("checkpoints will fail: %s", error)
 
     def _begin(self, background: Background, done: int) -> None:
-        if self._saved_step == done:
-            return
-        began_s = time.monotonic()
+        began_s, metrics = time.monotonic(), self._journal.take_metrics()
         self._reserved = True
         try:
             content = tracked.capture(self._objects, group=self._place.group, facts=self._facts)
-            background.begin(content, step=done, metrics=self._journal.take_metrics())
+            background.begin(content, step=done, metrics=metrics)
         except StagingError as error:
             self._give_up(error)
-            self._save(done)
+            self._save(done, metrics)
         except CheckpointError as error:
             self._failed(done, error)
         self._saved_s = time.monotonic()

@@ -2,6 +2,8 @@
 
 One rank. Each round writes and reads the same bytes in each way, one after the other, in a fresh folder; the figures
 are medians over rounds of the ratio within a round. Reads are cold: files are synced and dropped from the page cache.
+Of an asynchronous save two times are taken: how long training waits, beside one copy of the state into memory that is
+there already; and until it is durable, beside the disk, while this process does arithmetic on one thread.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, restore
@@ -64,7 +67,35 @@ def load(root: Path, model: torch.nn.Module) -> None:
     restore(opened, {"model": model}, group=group)
 
 
-def measure(folder: Path, model: torch.nn.Module, content: memoryview) -> dict[str, float]:
+LIMITS = {
+    "load": ("bare read",),
+    "bare read": ("bare read",),
+    "async, training waits": ("copy",),
+    "copy": ("copy",),
+}
+"""What each way is measured by; the others by the faster bare write."""
+
+
+def copy(model: torch.nn.Module, memory: memoryview) -> None:
+    at = 0
+    for value in model.state_dict().values():
+        memory[at : at + value.nbytes] = memoryview(value.reshape(-1).view(torch.uint8).numpy().data)
+        at += value.nbytes
+
+
+def beside(saves: Background, model: torch.nn.Module) -> dict[str, float]:
+    """One asynchronous save, with the boundaries of short steps going on until it is durable."""
+    os.sync()
+    left, right = torch.rand(256, 256), torch.rand(256, 256)
+    started = time.perf_counter()
+    saves.begin(capture({"model": model}, group=saves.group), step=2)
+    waited = time.perf_counter() - started
+    while (info := saves.advance(saves.busy())) is None:
+        torch.mm(left, right)
+    return {"async, training waits": waited, "async, until durable": info.seconds}
+
+
+def measure(folder: Path, model: torch.nn.Module, content: memoryview, saves: Background) -> dict[str, float]:
     root, bare, group = folder / "checkpoints", folder / "bare", SoloGroup()
     ways = {
         "save": lambda: save(root, capture({"model": model}, group=group), step=1, attempt=0, run_id="r", group=group),
@@ -73,6 +104,9 @@ def measure(folder: Path, model: torch.nn.Module, content: memoryview) -> dict[s
         "torch.save, no fsync": lambda: torch.save(model.state_dict(), folder / "torch"),
     }
     times = {name: seconds(ways[name]) for name in random.sample(list(ways), len(ways))}
+    times["copy"] = seconds(lambda: copy(model, content))
+    saves.root = folder / "beside"
+    times |= beside(saves, model)
     os.sync()
     drop_cache(folder)
     reads = {
@@ -86,20 +120,25 @@ def main(parent: str | None, megabytes: int) -> None:
     layer_bytes = 2048 * 2048 * 4
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048) for _ in range(megabytes * 10**6 // layer_bytes)))
     size_bytes = sum(value.nbytes for value in model.state_dict().values())
-    content = memoryview(mmap.mmap(-1, size_bytes >> 20 << 20))
-    content[:] = os.urandom(1 << 20) * (size_bytes >> 20)
+    content = memoryview(mmap.mmap(-1, -(-size_bytes >> 20 << 20)))
+    content[:] = os.urandom(1 << 20) * (len(content) >> 20)
+    saves = Background(root=Path(), run_id="r", attempt=0, group=SoloGroup())
+    saves.reserve(capture({"model": model}, group=saves.group))
     rounds = []
     for _ in range(ROUNDS):
         folder = Path(tempfile.mkdtemp(dir=parent))
         try:
-            rounds.append(measure(folder, model, content))
+            rounds.append(measure(folder, model, content, saves))
         finally:
             shutil.rmtree(folder)
+    saves.close()
+    first = rounds[0]["async, training waits"] / statistics.median(each["async, training waits"] for each in rounds)
+    print(f"first asynchronous save: {first:.2f} of the median one")
     for name in sorted(rounds[0]):
         speed = size_bytes / statistics.median(each[name] for each in rounds) / 1e9
-        limits = ("bare read",) if name in ("load", "bare read") else ("bare write", "bare direct write")
+        limits = LIMITS.get(name, ("bare write", "bare direct write"))
         ratio = statistics.median(min(each[limit] for limit in limits) / each[name] for each in rounds)
-        print(f"{name:<20} {speed:6.2f} GB/s  {ratio:5.2f} of the limit  ({size_bytes / 1e6:.0f} MB, {ROUNDS} rounds)")
+        print(f"{name:<22} {speed:6.2f} GB/s  {ratio:5.2f} of the limit  ({size_bytes / 1e6:.0f} MB, {ROUNDS} rounds)")
 
 
 if __name__ == "__main__":
