@@ -176,7 +176,7 @@ def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Pat
             except CheckpointError as error:
                 lost += 1
                 assert "the writer process has ended (signal 9)" in str(error)
-            assert gone(writer)
+            wait_for(lambda writer=writer: gone(writer), "the writer is gone")
             assert [name for name in os.listdir(tmp_path) if ".tmp-" in name] == []
             assert find(tmp_path, SoloGroup()) == (newest_step or None, [])
     assert lost > KILLS // 4

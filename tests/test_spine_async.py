@@ -14,6 +14,8 @@ from test_checkpoint_async import children, gone
 from test_spine_local import TOTAL, Submit, submit, supervisor_of, total
 from test_spine_slurm import data
 
+from cfe_hpc.ranks.signals import STOP_SIGNALS
+
 __all__ = ["data", "submit"]
 
 
@@ -57,8 +59,11 @@ def test_a_stop_waits_for_the_save_in_flight_and_then_saves_its_own_step(submit:
     run.wait(lambda: run.events("signal"), 30, "stopping")
     time.sleep(0.3)
     assert run.events("requeued") == []
+    for number in STOP_SIGNALS:  # a scheduler sends them to every process of the job
+        os.kill(writer, number)
     os.kill(writer, signal.SIGCONT)
     result = run.wait_result()
+    assert run.events("checkpoint_failed") == []
     assert (result["state"], result["lost_steps"], total(result)) == ("COMPLETED", 0, TOTAL)
     saved = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 0]
     assert saved == [5, run.events("requeued")[0]["step"]] and saved[1] >= 7

@@ -25,7 +25,7 @@ from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.runfolder import utc_now
 
-__all__ = ["CheckpointInfo", "Content", "Report", "newest", "save", "size_bytes"]
+__all__ = ["CheckpointInfo", "Content", "Report", "newest", "save"]
 
 Report = Callable[[Path, str], None]
 """Called on rank 0 with the folder of a checkpoint that cannot be used, and why, in one line."""
@@ -55,7 +55,7 @@ class CheckpointInfo:
 
     Attributes:
         size_bytes: of all ranks' files.
-        seconds: from the call of `save` to its return on this rank.
+        seconds: from the call that began the save until it was durable and committed.
     """
 
     path: Path
@@ -88,7 +88,7 @@ def save(
     """
     started = monotonic()
     moment = on_fault or drafts.ignore
-    source_bytes = [int(size) for size in all_ranks(group, lambda: str(size_bytes(content)).encode())]
+    source_bytes = [int(size) for size in all_ranks(group, lambda: str(_size_bytes(content)).encode())]
     token = first_rank(group, lambda: drafts.make_draft(root, step, attempt, sum(source_bytes))).decode()
     draft = root / folders.draft_name(step, attempt, token)
     identity = Identity(run_id=run_id, step=step, attempt=attempt, world_size=group.size, token=token)
@@ -116,7 +116,7 @@ def save(
     )
 
 
-def size_bytes(content: Content) -> int:
+def _size_bytes(content: Content) -> int:
     """Bytes that a rank's part takes on disk, nearly: its data file and its state.
 
     Raises:
