@@ -29,8 +29,9 @@ __all__ = ["small_disk"]
 
 
 @contextlib.contextmanager
-def saving(root: Path, group: Any, **options: Any) -> Iterator[Background]:
-    saves = Background(root=root, run_id="run-1", attempt=0, group=group, **options)
+def saving(root: Path, group: Any, *, keep_last: int = 3, **options: Any) -> Iterator[Background]:
+    policy = Retention(keep_last=keep_last)
+    saves = Background(root=root, run_id="run-1", attempt=0, group=group, policy=policy, **options)
     try:
         yield saves
     finally:
@@ -56,7 +57,7 @@ def wait_for(ready: Callable[[], Any], what: str) -> Any:
 def test_what_is_saved_is_the_state_when_the_save_began(tmp_path: Path) -> None:
     def work(group: Any) -> list[int]:
         steps = []
-        with saving(tmp_path, group, policy=Retention(keep_last=2)) as saves:
+        with saving(tmp_path, group, keep_last=2) as saves:
             saves.start()
             for step in (1, 2, 3):
                 live = content(step, group)
@@ -157,7 +158,7 @@ def test_a_disk_that_fills_up_fails_the_save_on_all_ranks_and_leaves_nothing(
 
 def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Path) -> None:
     rng, saved, lost = random.Random(3), 0, 0
-    with saving(tmp_path, SoloGroup(), policy=Retention(keep_last=2)) as saves:
+    with saving(tmp_path, SoloGroup(), keep_last=2) as saves:
         newest_step = 0
         for step in range(1, KILLS + 1):
             saves.begin(content(step, SoloGroup()), step=step)

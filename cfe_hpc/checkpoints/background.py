@@ -65,8 +65,8 @@ class Background:
 
     Args:
         root: the checkpoints folder.
-        limit_bytes: memory that this rank may use for staging; None for as much as the state takes.
         policy: what stays.
+        limit_bytes: memory that this rank may use for staging; None for as much as the state takes.
         protect: steps that stay in any case.
     """
 
@@ -74,8 +74,8 @@ class Background:
     run_id: str
     attempt: int
     group: Group
+    policy: Retention
     limit_bytes: int | None = None
-    policy: Retention = field(default_factory=Retention)
     protect: list[int] = field(default_factory=list)
     _worker: Worker = field(default_factory=Worker, init=False)
     _flight: _Flight | None = field(default=None, init=False)

@@ -32,7 +32,7 @@ class Policy(Protocol):
 class Retention:
     """A Policy by itself, for a process that has no job file and loads no models of one."""
 
-    keep_last: int = 1
+    keep_last: int
     keep_every_steps: int | None = None
     keep_best: str | None = None
 

@@ -23,6 +23,7 @@ import torch
 
 from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.protocols import SoloGroup
+from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, restore
 
@@ -122,7 +123,7 @@ def main(parent: str | None, megabytes: int) -> None:
     size_bytes = sum(value.nbytes for value in model.state_dict().values())
     content = memoryview(mmap.mmap(-1, -(-size_bytes >> 20 << 20)))
     content[:] = os.urandom(1 << 20) * (len(content) >> 20)
-    saves = Background(root=Path(), run_id="r", attempt=0, group=SoloGroup())
+    saves = Background(root=Path(), run_id="r", attempt=0, group=SoloGroup(), policy=Retention(keep_last=2))
     saves.reserve(capture({"model": model}, group=saves.group))
     rounds = []
     for _ in range(ROUNDS):
