@@ -1,4 +1,4 @@
-"""Whole runs with asynchronous checkpoints, locally: stopped and hurt while a save is in flight."""
+"""Whole runs with asynchronous checkpoints: stopped and hurt while a save is in flight."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm.cluster import Cluster
 from spine.harness import SMALL, LiveRun, write_job
 from test_checkpoint_async import children, gone
 from test_spine_local import TOTAL, Submit, submit, supervisor_of, total
 from test_spine_slurm import data
+from test_stops_slurm import Stage, assert_counted, rank_pids
 
 from cfe_hpc.ranks.signals import STOP_SIGNALS
 
@@ -117,3 +119,20 @@ def test_weights_are_those_of_an_undisturbed_run(tmp_path: Path, data: Path, kin
     assert (result["state"], result["attempts"], result["lost_steps"]) == ("COMPLETED", 3, 0)
     assert run.events("checkpoint_failed") == []
     assert result["weights_sha256"] == undisturbed["weights_sha256"] is not None
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_slurm_signals_writers_too_and_they_finish_what_they_have_begun(cluster: Cluster, tmp_path: Path) -> None:
+    stage = Stage(cluster, tmp_path)
+    run = stage.submit("spot", nodes=2, checkpoint={"every_steps": 2, "async": True})
+    for attempt in range(2):
+        run.wait_step(run.step() + 3, attempt=attempt)
+        pids = [pid for rank in rank_pids(run).values() for pid in children(rank)]
+        assert len(pids) == 2
+        cluster.preempt_once(run.job_id)
+        run.wait(lambda attempt=attempt: run.attempt() > attempt, 120, "on its next attempt")
+        assert all(gone(pid) for pid in pids)
+    assert_counted(run, attempts=3)
+    assert run.events("checkpoint_failed") == []
+    assert [path.name for path in run.folder.checkpoints.iterdir() if not path.name.startswith("step-")] == []
