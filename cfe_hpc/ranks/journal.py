@@ -11,8 +11,9 @@ from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.files import append_ndjson
-from cfe_hpc.metrics.exporter import Exporter
+from cfe_hpc.metrics.exporter import Exporter, NullExporter
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.stopping import hold
 from cfe_hpc.recovery import ledger
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
@@ -61,10 +62,8 @@ class Journal:
         """Note that this attempt's ranks are up. What an earlier attempt wrote of an end is no longer true."""
         if self._speaks:
             self._folder.reopen()
-        books = ledger.summarise(self._folder) if self._speaks else None
-        figures = {"total_steps": total, "lost_steps": books.lost_steps, "goodput": books.goodput} if books else {}
-        known = {name: float(value) for name, value in figures.items() if value is not None}
-        self._exporter.publish(known, step=books.last_step if books else 0)
+        if not isinstance(self._exporter, NullExporter):
+            self._publish_books(total)
         self.event(
             "started",
             host=socket.gethostname(),
@@ -76,6 +75,13 @@ class Journal:
                 "startup_seconds": round(process_age_s(), 3),
             },
         )
+
+    def _publish_books(self, total: int) -> None:
+        """Export what earlier attempts came to. It reads their heartbeats whole: only for an exporter that listens."""
+        books = ledger.summarise(self._folder)
+        figures = {"total_steps": total, "lost_steps": books.lost_steps, "goodput": books.goodput}
+        known = {name: float(value) for name, value in figures.items() if value is not None}
+        self._exporter.publish(known, step=books.last_step)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Keep values until the step ends. Tensors stay on their device: only logged steps wait for them."""
@@ -137,8 +143,7 @@ class Journal:
     def held(self, reason: str) -> None:
         """Hold the run (rank 0 only): nothing follows until `requeue RUN`."""
         if self._speaks:
-            self._folder.promise("held", reason=reason, attempt=self._facts.attempt)
-            self.event("held", reason=reason)
+            hold(self._folder, attempt=self._facts.attempt, step=None, why=reason)
 
     def close(self, timeout_s: float) -> None:
         """Stop exporting; the run's group on the Pushgateway is deleted. At most `timeout_s` seconds."""
