@@ -22,7 +22,6 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt
 from cfe_hpc.recovery.attempts import KILLED
-from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -123,7 +122,7 @@ def supervise(folder: RunFolder, spec: RunSpec, *, first_attempt: int, rank_comm
     while True:
         attempt = Attempt(folder, spec, number, rank_command)
         attempt.run()
-        if not _another_follows(folder, spec, attempt):
+        if not _another_follows(folder, attempt):
             break
         number += 1
     result = folder.result() or {}
@@ -131,7 +130,7 @@ def supervise(folder: RunFolder, spec: RunSpec, *, first_attempt: int, rank_comm
     return 0 if result.get("state") == "COMPLETED" else 1
 
 
-def _another_follows(folder: RunFolder, spec: RunSpec, attempt: Attempt) -> bool:
+def _another_follows(folder: RunFolder, attempt: Attempt) -> bool:
     """Decide what comes after an attempt, whose ranks may have ended in any way."""
     number = attempt.number
     if folder.result() is not None:
@@ -146,22 +145,10 @@ def _another_follows(folder: RunFolder, spec: RunSpec, attempt: Attempt) -> bool
         _write_end(folder, "HELD", attempt=number, reason=str(held.get("reason", "")))
         return False
     if attempt.stop_reason == "preempted":
-        return _requeue_unsaved(folder, spec, number)
+        # It goes back to the queue though it could not save, as Slurm has it.
+        return close_failed_attempt(folder, attempt=number, status=0, cause="preempted")
     _note_failure(folder, attempt)
     return close_failed_attempt(folder, attempt=number, status=abs(attempt.failure[1]) if attempt.failure else 0)
-
-
-def _requeue_unsaved(folder: RunFolder, spec: RunSpec, number: int) -> bool:
-    """A preempted attempt that could not save goes back to the queue all the same, as Slurm has it."""
-    folder.append_event("preempted", attempt=number, detail="the ranks ended without having saved")
-    decision = decide(spec.job.recovery, folder.events(), cause="preempted")
-    if decision.action != "requeue":
-        folder.promise("held", reason=decision.why, attempt=number)
-        folder.append_event("held", attempt=number, reason=decision.why)
-        _write_end(folder, "HELD", attempt=number, reason=decision.why)
-        return False
-    folder.append_event("requeued", attempt=number, reason="preempted", detail=decision.why)
-    return folder.promise(f"requeued-{number}", reason="preempted")
 
 
 def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
