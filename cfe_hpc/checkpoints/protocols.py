@@ -23,6 +23,8 @@ class Piece:
         start: first element of the piece, counted in the flattened (row-major) global tensor.
         data: the elements, little-endian, contiguous bytes. It may alias live memory: whoever keeps it beyond
             the call that it was passed to must copy it.
+        steady: the bytes change only inside the step of a tracked torch optimizer (parameters in its groups, its
+            state; ZeRO's masters and moments): they may be copied until then.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     data: memoryview
+    steady: bool = False
 
 
 class ReadInto(Protocol):
@@ -47,6 +50,24 @@ class ReadInto(Protocol):
         Raises:
             CheckpointMismatch: no such tensor, or the interval goes beyond it.
             CorruptCheckpoint: the bytes are not those that were written.
+        """
+
+    def enqueue(self, name: str, start: int, out: memoryview) -> None:
+        """Ask for what `read_into` would do; `out` has the elements when `flush` returns.
+
+        Raises:
+            CheckpointMismatch: as `read_into`.
+        """
+
+    def flush(self, *, alike: bool = False) -> None:
+        """Do all that was asked for: each byte is read once, in file order, and checked on its way. Not collective.
+
+        Args:
+            alike: whether the other ranks read the same bytes at this time; the page cache then serves those of
+                one node. Otherwise reads go around it.
+
+        Raises:
+            CorruptCheckpoint: bytes are not those that were written; what was asked for may be filled in part.
         """
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints.folders import step_name
-from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES, Extent
+from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
 from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, data_name, index_name
-from cfe_hpc.checkpoints.shard import ShardReader, data_facts, num_chunks
+from cfe_hpc.checkpoints.reads import Batch, Chunk, read_all
+from cfe_hpc.checkpoints.shard import num_chunks
+from cfe_hpc.checkpoints.shard_reader import ShardReader, read_index
 from cfe_hpc.errors import CheckpointMismatch, CorruptCheckpoint
 
 __all__ = ["Opened", "OwnReader", "SharedReader", "read_manifest"]
@@ -60,19 +62,40 @@ class Opened:
         reader: tensors that belong to the checkpoint as a whole.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Read every shard's index.
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        indexes: Sequence[bytes] | None = None,
+        places: Callable[[int], Sequence[Path]] | None = None,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        """Check every shard's index.
+
+        Args:
+            indexes: the index files by rank; read from `folder` when left out.
+            places: folders with a copy of a rank's data file, the nearest first; `folder` alone when left out.
+            part: this reader's number of `parts` that read at the same time, in this process and in others.
 
         Raises:
             CorruptCheckpoint: an index is missing, altered or foreign, or the shards leave a gap in a tensor.
         """
         self.folder = folder
         self.manifest = manifest
+        self._part, self._parts = part, parts
+        identity = manifest.identity
+        if indexes is None:
+            indexes = [read_index(folder, rank) for rank in range(identity.world_size)]
         self._shards = [
-            ShardReader(folder, rank, manifest.identity, manifest.files[index_name(rank)])
-            for rank in range(manifest.identity.world_size)
+            ShardReader(
+                places(rank) if places else (folder,), rank, identity, manifest.files[index_name(rank)], indexes[rank]
+            )
+            for rank in range(identity.world_size)
         ]
-        self.reader = SharedReader(self._shards)
+        self._batch = Batch()
+        self.reader = SharedReader(self._shards, self)
 
     @classmethod
     def at(cls, folder: Path, run_id: str | None = None) -> Opened:
@@ -89,6 +112,11 @@ class Opened:
         """Ranks that saved it."""
         return self.manifest.identity.world_size
 
+    @property
+    def faults(self) -> list[str]:
+        """Why copies of shards were left out, a line each, so far."""
+        return [fault for shard in self._shards for fault in shard.faults]
+
     def saved_by(self, rank: int) -> int:
         """Whose state `rank` takes: its own where it was there at the save, else rank 0's."""
         return rank if rank < self.world_size else 0
@@ -99,35 +127,56 @@ class Opened:
 
     def own(self, rank: int) -> OwnReader:
         """The tensors that `saved_by(rank)` saved for itself."""
-        return OwnReader(self._shards[self.saved_by(rank)])
+        return OwnReader(self._shards[self.saved_by(rank)], self)
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read one of `parts` equal parts of all data and compare it with the checksums.
+    def enqueue(self, shard: ShardReader, offset: int, out: memoryview) -> None:
+        """See ReadInto.enqueue: for the readers of this checkpoint."""
+        self._batch.add(shard, offset, out)
+
+    def flush(self, *, alike: bool = False) -> None:
+        """See ReadInto.flush: for all readers of this checkpoint together."""
+        chunks, self._batch = self._batch.chunks(), Batch()
+        if alike and self._parts > 1:
+            # Each begins elsewhere: one reads from the disk what the others then find in the page cache.
+            first = len(chunks) * self._part // self._parts
+            chunks = chunks[first:] + chunks[:first]
+        read_all(chunks, direct=not alike or self._parts == 1)
+
+    def check_headers(self) -> None:
+        """Check this part's share of the data files: their sizes, and whose they are.
+
+        Raises:
+            CorruptCheckpoint: the first that is not as it was written.
+        """
+        for shard in self._shards[self._part :: self._parts]:
+            shard.check_header(self.manifest.files[shard.name])
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read this part's share of all data and compare it with the checksums.
+
+        Args:
+            progress: called with the bytes of each chunk that is good, from any thread.
 
         Raises:
             CorruptCheckpoint: the first difference found.
         """
-        counts = [num_chunks(shard.index.data_bytes) for shard in self._shards]
-        total, base = sum(counts), 0
-        low, high = total * part // parts, total * (part + 1) // parts
-        scratch = memoryview(bytearray(CHUNK_BYTES))
-        for shard, count in zip(self._shards, counts, strict=True):
-            mine = range(max(low - base, 0), min(high - base, count))
-            if mine:
-                facts = self.manifest.files[shard.path.name]
-                if facts != data_facts(facts.size_bytes, shard.index.chunks):
-                    raise CorruptCheckpoint(f"{shard.path.name} has other checksums in its index than in the manifest")
-                shard.check_header(facts)
-            for index in mine:
-                shard.check_chunk(index, scratch)
-            base += count
+        chunks = [
+            Chunk(shard=shard, index=index)
+            for shard in self._shards
+            for index in range(num_chunks(shard.index.data_bytes))
+        ]
+        low, high = (len(chunks) * part // self._parts for part in (self._part, self._part + 1))
+        for shard in {chunk.shard: None for chunk in chunks[low:high]}:
+            shard.check_header(self.manifest.files[shard.name])
+        read_all(chunks[low:high], direct=True, progress=progress)
 
 
 class SharedReader:
     """The tensors of the whole checkpoint; a ReadInto."""
 
-    def __init__(self, shards: Sequence[ShardReader]) -> None:
+    def __init__(self, shards: Sequence[ShardReader], opened: Opened) -> None:
         """Raises CorruptCheckpoint when shards disagree about a tensor, or leave a gap in one."""
+        self._opened = opened
         self._extents: dict[str, list[tuple[Extent, ShardReader]]] = {}
         for shard in shards:
             for extent in shard.index.shared:
@@ -146,12 +195,21 @@ class SharedReader:
         return extent.dtype, extent.shape
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        """Fill `out` with elements from `start` on.
+        """See ReadInto.read_into."""
+        for shard, offset, part in self._stretches(name, start, out):
+            shard.read(offset, part)
 
-        Raises:
-            CheckpointMismatch: no such tensor, or the interval goes beyond it.
-            CorruptCheckpoint: bytes are not those that were written.
-        """
+    def enqueue(self, name: str, start: int, out: memoryview) -> None:
+        """See ReadInto.enqueue."""
+        for shard, offset, part in self._stretches(name, start, out):
+            self._opened.enqueue(shard, offset, part)
+
+    def flush(self, *, alike: bool = False) -> None:
+        """See ReadInto.flush."""
+        self._opened.flush(alike=alike)
+
+    def _stretches(self, name: str, start: int, out: memoryview) -> Iterator[tuple[ShardReader, int, memoryview]]:
+        """Where the elements from `start` on lie, in data files, and which part of `out` is whose."""
         held = self._held(name)
         item_bytes, total = DTYPE_BYTES[held[0][0].dtype], math.prod(held[0][0].shape)
         view = out.cast("B") if out.nbytes else out
@@ -166,7 +224,7 @@ class SharedReader:
                 continue
             take = min(extent.end, start + count) - at
             low = (at - start) * item_bytes
-            shard.read(extent.offset + (at - extent.start) * item_bytes, view[low : low + take * item_bytes])
+            yield shard, extent.offset + (at - extent.start) * item_bytes, view[low : low + take * item_bytes]
             at += take
 
     def _held(self, name: str) -> list[tuple[Extent, ShardReader]]:
@@ -194,8 +252,8 @@ def _check_cover(name: str, extents: Sequence[Extent]) -> None:
 class OwnReader:
     """Tensors that one rank saved for itself, each whole; a ReadInto."""
 
-    def __init__(self, shard: ShardReader) -> None:
-        self._shard = shard
+    def __init__(self, shard: ShardReader, opened: Opened) -> None:
+        self._shard, self._opened = shard, opened
         self._extents = {extent.name: extent for extent in shard.index.own}
 
     def names(self) -> Sequence[str]:
@@ -208,13 +266,27 @@ class OwnReader:
         return extent.dtype, extent.shape
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        """Fill `out` with elements from `start` on. Raises CheckpointMismatch, CorruptCheckpoint."""
+        """See ReadInto.read_into."""
+        offset = self._offset(name, start, out)
+        if out.nbytes:
+            self._shard.read(offset, out.cast("B"))
+
+    def enqueue(self, name: str, start: int, out: memoryview) -> None:
+        """See ReadInto.enqueue."""
+        offset = self._offset(name, start, out)
+        if out.nbytes:
+            self._opened.enqueue(self._shard, offset, out.cast("B"))
+
+    def flush(self, *, alike: bool = False) -> None:
+        """See ReadInto.flush."""
+        self._opened.flush(alike=alike)
+
+    def _offset(self, name: str, start: int, out: memoryview) -> int:
         extent = self._find(name)
         item_bytes = DTYPE_BYTES[extent.dtype]
         if start < 0 or start * item_bytes + out.nbytes > extent.size_bytes:
             raise CheckpointMismatch(f"tensor {name} has {extent.count} elements; more were asked for")
-        if out.nbytes:
-            self._shard.read(extent.offset + start * item_bytes, out.cast("B"))
+        return extent.offset + start * item_bytes
 
     def _find(self, name: str) -> Extent:
         try:

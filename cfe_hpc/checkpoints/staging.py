@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cfe_hpc.checkpoints.layout import Placement
+from cfe_hpc.checkpoints.memory import move
 
 __all__ = ["Arena", "Chunks", "Source", "Staged"]
 
@@ -57,7 +58,7 @@ class Source:
             if low >= high:
                 continue
             out[at - start : low - start] = bytes(low - at)
-            out[low - start : high - start] = view[low - begin : high - begin]
+            move(out[low - start : high - start], view[low - begin : high - begin])
             at = high
         out[at - start :] = bytes(end - at)
 

@@ -21,11 +21,12 @@ from cfe_hpc.checkpoints.manifest import Identity, Manifest
 from cfe_hpc.checkpoints.protocols import Fault, Group, Piece
 from cfe_hpc.checkpoints.reader import Opened, parse_manifest, read_manifest_bytes
 from cfe_hpc.checkpoints.shard import header
+from cfe_hpc.checkpoints.shard_reader import read_index
 from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.runfolder import utc_now
 
-__all__ = ["CheckpointInfo", "Content", "Report", "newest", "save"]
+__all__ = ["CheckpointInfo", "Content", "Report", "newest", "resume", "save"]
 
 Report = Callable[[Path, str], None]
 """Called on rank 0 with the folder of a checkpoint that cannot be used, and why, in one line."""
@@ -133,13 +134,23 @@ def _write_shard(draft: Path, identity: Identity, rank: int, content: Content, m
     return drafts.write_shard(draft, index, source, moment)
 
 
-def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Report | None = None) -> Opened | None:
-    """The newest checkpoint that verifies in full, chosen by rank 0 and checked by all ranks. Collective.
+def resume(
+    root: Path,
+    load: Callable[[Opened], None],
+    *,
+    run_id: str,
+    attempt: int,
+    group: Group,
+    report: Report | None = None,
+) -> Opened | None:
+    """Load the newest checkpoint that can be used, chosen by rank 0. Collective.
 
     Rank 0 first settles what attempts before `attempt` left: drafts that lack nothing but their name are put in
     place, other drafts are deleted. Checkpoints that cannot be used stay where they are.
 
     Args:
+        load: reads what it needs, each byte once, checked on its way; collective. When it raises CorruptCheckpoint,
+            on all ranks, the next older checkpoint is tried: it must put back all that it may have changed.
         report: called on rank 0 for each newer one that cannot be used.
 
     Returns:
@@ -154,7 +165,9 @@ def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Repor
     for step in steps:
         folder = root / folders.step_name(step)
         try:
-            return _open_together(folder, run_id, group)
+            opened = _open_together(folder, run_id, group)
+            load(opened)
+            return opened
         except CorruptCheckpoint as error:
             why = why or f"{folder.name}: {reason(error)}"
             if group.rank == 0 and report is not None:
@@ -164,24 +177,59 @@ def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Repor
     return None
 
 
+def newest(root: Path, *, run_id: str, attempt: int, group: Group, report: Report | None = None) -> Opened | None:
+    """The newest checkpoint that verifies in full, each rank reading a part of it. Collective; see `resume`."""
+
+    def verify(opened: Opened) -> None:
+        all_ranks(group, lambda: _done(opened.verify))
+
+    return resume(root, verify, run_id=run_id, attempt=attempt, group=group, report=report)
+
+
+def _done(act: Callable[[], None]) -> bytes:
+    act()
+    return b""
+
+
 def _list(root: Path, attempt: int) -> bytes:
     folders.sweep_drafts(root, attempt)
     return json.dumps([step for step, _ in folders.committed(root)]).encode()
 
 
 def _open_together(folder: Path, run_id: str, group: Group) -> Opened:
+    """Each index file is read by one rank, for all; each data file's header by another."""
+
     def read() -> bytes:
         content = read_manifest_bytes(folder)
         parse_manifest(content, folder.name, run_id)
         return content
 
     manifest = parse_manifest(first_rank(group, read), folder.name, run_id)
+    ranks = range(manifest.identity.world_size)
+    mine = ranks[group.rank :: group.size]
+    shares = all_ranks(group, lambda: _pack([read_index(folder, rank) for rank in mine]))
+    indexes = [b""] * len(ranks)
+    for part, share in enumerate(shares):
+        indexes[part :: group.size] = _unpack(share)
     opened: list[Opened] = []
 
     def check() -> bytes:
-        opened.append(Opened(folder, manifest))
-        opened[0].verify(group.rank, group.size)
+        opened.append(Opened(folder, manifest, indexes=indexes, part=group.rank, parts=group.size))
+        opened[0].check_headers()
         return b""
 
     all_ranks(group, check)
     return opened[0]
+
+
+def _pack(contents: Sequence[bytes]) -> bytes:
+    return b"".join(len(content).to_bytes(8, "little") + content for content in contents)
+
+
+def _unpack(packed: bytes) -> list[bytes]:
+    contents, at = [], 0
+    while at < len(packed):
+        end = at + 8 + int.from_bytes(packed[at : at + 8], "little")
+        contents.append(packed[at + 8 : end])
+        at = end
+    return contents

@@ -305,3 +305,9 @@ class _Within:
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         self._reader.read_into(self._prefix + name, start, out)
+
+    def enqueue(self, name: str, start: int, out: memoryview) -> None:
+        self._reader.enqueue(self._prefix + name, start, out)
+
+    def flush(self, *, alike: bool = False) -> None:
+        self._reader.flush(alike=alike)

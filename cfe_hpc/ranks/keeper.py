@@ -75,8 +75,9 @@ class Keeper:
         self._sealed = True
         started_s = time.monotonic()
         try:
-            opened = store.newest(
+            opened = store.resume(
                 self._root,
+                self._load,
                 run_id=self._run_id,
                 attempt=self._place.facts.attempt,
                 group=self._place.group,
@@ -87,7 +88,6 @@ class Keeper:
             remedy = f"mend or remove them, then `cfe-hpc requeue {self._run_id}`"
             raise CorruptCheckpoint(f"{error}; {remedy}") from error
         if opened is not None:
-            self._load(opened)
             self._saved_step = self._resumed_step = opened.step
             seconds = round(time.monotonic() - started_s, 3)
             self._journal.event("resumed", step=opened.step, seconds=seconds)
