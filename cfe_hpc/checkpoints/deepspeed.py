@@ -3,7 +3,7 @@
 ZeRO flattens parameters and gives each rank a run of the flat tensor. A run of a flat tensor is a run of some
 parameters, so everything large is stored per parameter, by the interval of it that a rank holds:
 "master/<name>", "exp_avg/<name>" and what else the optimizer keeps. The low-precision weights are not stored: they
-are the masters, rounded.
+are the masters, rounded. Frozen parameters have no masters: they are stored in the precision that they have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from cfe_hpc.checkpoints.deepspeed_flats import KNOWN, Flat, flats_of, shape_of
+from cfe_hpc.checkpoints.landing import Landing, bytes_of
 from cfe_hpc.checkpoints.protocols import Piece, ReadInto
+from cfe_hpc.checkpoints.tensors import dtype_name
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch
 
 __all__ = ["DeepSpeedState", "is_deepspeed_engine"]
@@ -68,30 +70,35 @@ class DeepSpeedState:
         """Take masters, moments, steps, buffers, counters, schedule and loss scale back, and make the weights
         of the forward pass from the masters.
 
+        On a CPU the bytes are read into the masters and moments themselves.
+
         Raises:
             CheckpointMismatch: of another model or optimizer; nothing was changed.
-            CorruptCheckpoint: the bytes are not those that were written.
+            CorruptCheckpoint: the bytes are not those that were written; the state may have been changed in part.
         """
         flats = list(self._flats())
         self._check_fits(flats, reader, tree)
+        landing = Landing(reader)
         with torch.no_grad():
             for flat in flats:
-                self._load_flat(flat, reader, tree["parameters"])
+                self._load_flat(flat, landing, reader, tree["parameters"])
             for name, buffer in _persistent_buffers(self._engine.module):
-                _read_tensor(reader, self._buffer_name(name, reader), 0, buffer)
+                landing.fill(self._buffer_name(name, reader), 0, buffer)
+            landing.flush()
         self._load_counters(tree)
-        self._spread_masters(flats)
+        self._spread_masters()
 
     def consolidated(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole parameter in fp32, on the CPU), sorted by name, made one at a time.
 
         Every rank must iterate to the end. The tensors are whole on every rank.
         """
-        runs = {run.name: (flat, run) for flat in self._flats() for run in flat.runs}
-        replicated = self._engine.zero_optimization_stage() == 0
+        flats = list(self._flats())
+        runs = {run.name: (flat, run) for flat in flats for run in flat.written}  # no two ranks' overlap
+        replicated = {flat.names[0]: flat.master for flat in flats if self._engine.zero_optimization_stage() == 0}
         for name, shape in sorted(self._shapes().items()):
-            if replicated:
-                yield name, runs[name][0].master.detach().float().cpu().view(shape)
+            if name in replicated:
+                yield name, replicated[name].detach().float().cpu().view(shape)
                 continue
             whole = torch.zeros(shape, dtype=torch.float32, device=self._engine.device)
             if name in runs:
@@ -114,7 +121,7 @@ class DeepSpeedState:
             for kind, tensor in tensors.items():
                 for run in flat.written:
                     data = tensor.detach()[run.offset : run.offset + run.count]
-                    yield _piece(f"{kind}/{run.name}", data, run.shape, run.start)
+                    yield _piece(f"{kind}/{run.name}", data, run.shape, run.start, steady=True)
         for name, buffer in _persistent_buffers(self._engine.module):
             yield _piece(f"buffer/{name}@{self._rank}", buffer.detach().reshape(-1), tuple(buffer.shape), 0)
 
@@ -166,13 +173,27 @@ class DeepSpeedState:
             _, saved = reader.describe(f"master/{name}")
             if tuple(saved) != shape:
                 raise CheckpointMismatch(f"parameter {name} is {list(shape)}, in the checkpoint {list(saved)}")
+        for flat in flats:
+            self._check_flat(flat, reader, tree["parameters"])
 
-    def _load_flat(self, flat: Flat, reader: ReadInto, parameters: dict[str, Any]) -> None:
-        saved = parameters[flat.names[0]]
-        if any(parameters[name]["moments"] != saved["moments"] for name in flat.names):
+    def _check_flat(self, flat: Flat, reader: ReadInto, parameters: dict[str, Any]) -> None:
+        kinds = parameters[flat.names[0]]["moments"]
+        if any(parameters[name]["moments"] != kinds for name in flat.names):
             raise CheckpointMismatch("parameters that share a flat tensor here were not all trained in the checkpoint")
+        present = {"master": flat.master, **self._moments(flat)}
+        for kind, tensor in present.items():
+            for name in flat.names if kind == "master" or kind in kinds else ():
+                dtype, _ = reader.describe(f"{kind}/{name}")
+                if dtype != dtype_name(tensor.dtype):
+                    here = dtype_name(tensor.dtype)
+                    raise CheckpointMismatch(f"{kind}/{name} is {dtype} in the checkpoint and {here} here")
+
+    def _load_flat(self, flat: Flat, landing: Landing, reader: ReadInto, parameters: dict[str, Any]) -> None:
+        saved = parameters[flat.names[0]]
         for run in flat.runs:
-            _read_tensor(reader, f"master/{run.name}", run.start, flat.master[run.offset : run.offset + run.count])
+            landing.fill(f"master/{run.name}", run.start, flat.master[run.offset : run.offset + run.count])
+        if not (saved["moments"] or saved["small"]):
+            return
         state = self._inner.state[flat.key]
         for kind in saved["moments"]:
             dtype, _ = reader.describe(f"{kind}/{flat.names[0]}")
@@ -180,7 +201,7 @@ class DeepSpeedState:
                 state[kind] = torch.zeros_like(flat.key, dtype=getattr(torch, dtype))
             for run in flat.runs:
                 target = state[kind].view(-1)[run.offset : run.offset + run.count]
-                _read_tensor(reader, f"{kind}/{run.name}", run.start, target)
+                landing.fill(f"{kind}/{run.name}", run.start, target)
         group = self._inner.param_groups[flat.group]
         home = flat.master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         for key, value in saved["small"].items():
@@ -201,14 +222,14 @@ class DeepSpeedState:
         if tree["scheduler"] is not None and engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(tree["scheduler"])
 
-    def _spread_masters(self, flats: Sequence[Flat]) -> None:
+    def _spread_masters(self) -> None:
         """Make the forward pass's weights from the masters, on all ranks."""
         kind = type(self._optimizer).__name__
         if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
             self._optimizer.update_lp_params()
         elif kind == "DeepSpeedZeroOptimizer_Stage3":
             self._optimizer.checkpoint_event_prologue()
-            for index in range(len(flats)):
+            for index in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(index)
             self._optimizer.checkpoint_event_epilogue()
         elif kind == "FP16_UnfusedOptimizer":
@@ -235,8 +256,6 @@ def _refuse_unknown(engine: Any) -> None:
         "zero_optimization.parameter_alignment": bool(getattr(optimizer, "parameter_alignment", False)),
         "zero_optimization.zero_hpz_partition_size": getattr(optimizer, "zero_hpz_partition_size", 1) > 1,
         f"the optimizer {kind}": not (isinstance(optimizer, torch.optim.Optimizer) or kind in KNOWN),
-        "frozen parameters": not all(parameter.requires_grad for parameter in module.parameters()),
-        "tied parameters": len(list(module.named_parameters(remove_duplicate=False))) != len(list(module.parameters())),
     }
     found = [reason for reason, there in reasons.items() if there]
     if found:
@@ -254,7 +273,7 @@ def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]
 def _small(value: Any) -> Any:
     """A value for the tree: numbers kept as 0-d tensors by type and value, other tensors copied, tuples as lists."""
     if isinstance(value, Tensor) and value.dim() == 0:
-        return {"scalar": str(value.dtype).removeprefix("torch."), "value": value.item()}
+        return {"scalar": dtype_name(value.dtype), "value": value.item()}
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return list(value) if isinstance(value, tuple) else value
@@ -267,21 +286,8 @@ def _restored(value: Any, home: torch.device) -> Any:
     return value.clone().to(home) if isinstance(value, Tensor) else value
 
 
-def _piece(name: str, data: Tensor, shape: tuple[int, ...], start: int) -> Piece:
-    dtype = str(data.dtype).removeprefix("torch.")
-    return Piece(name=name, dtype=dtype, shape=shape, start=start, data=_bytes_of(data.cpu()))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous one-dimensional CPU tensor."""
-    return tensor.contiguous().view(torch.uint8).numpy().data
-
-
-def _read_tensor(reader: ReadInto, name: str, start: int, target: Tensor) -> None:
-    """Fill `target`, on any device, with the elements of `name` from `start` on."""
-    dtype, _ = reader.describe(name)
-    if dtype != str(target.dtype).removeprefix("torch."):
-        raise CheckpointMismatch(f"{name} is {dtype} in the checkpoint and {target.dtype} here")
-    landing = torch.empty(target.numel(), dtype=target.dtype)
-    reader.read_into(name, start, _bytes_of(landing))
-    target.copy_(landing.view(target.shape))
+def _piece(name: str, data: Tensor, shape: tuple[int, ...], start: int, *, steady: bool = False) -> Piece:
+    on_cpu = data.device.type == "cpu"  # a copy from a device is no live memory any more
+    content = bytes_of(data.cpu().contiguous())
+    dtype = dtype_name(data.dtype)
+    return Piece(name=name, dtype=dtype, shape=shape, start=start, data=content, steady=steady and on_cpu)

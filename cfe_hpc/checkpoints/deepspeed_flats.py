@@ -38,9 +38,9 @@ class Flat:
     """One flat master tensor of this rank.
 
     Attributes:
-        key: the tensor that the optimizer's state is kept under.
+        key: the tensor that the optimizer's state is kept under; it has none for a frozen parameter.
         master: `key`, one-dimensional.
-        group: index of its parameter group.
+        group: index of its parameter group; -1 for a frozen parameter.
         names: every parameter of the flat tensor, over all ranks, in order: the same on every rank.
         runs: what this rank holds; `written` is the part of it that this rank saves.
     """
@@ -54,10 +54,19 @@ class Flat:
 
 
 def flats_of(engine: Any, *, rank: int, world: int) -> Iterator[Flat]:
-    """The flat masters of one rank of a DeepSpeedEngine, in the optimizer's order."""
+    """The flat masters of one rank of a DeepSpeedEngine, in the optimizer's order, then its frozen parameters.
+
+    A parameter that several modules share goes by its first name.
+    """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     find = KNOWN.get(type(engine.optimizer).__name__, _plain_flats)
-    return find(engine.optimizer, names, rank, world)
+    trained: set[str] = set()
+    for flat in find(engine.optimizer, names, rank, world):
+        trained.update(flat.names)
+        yield flat
+    for name, parameter in engine.module.named_parameters():
+        if name not in trained:
+            yield _frozen(name, parameter, rank, world)
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -97,16 +106,27 @@ def _zero3_flats(optimizer: Any, names: dict[int, str], rank: int, world: int) -
     for index, (parameters, master) in enumerate(zip(optimizer.fp16_groups, masters, strict=True)):
         runs, offset = [], 0
         for parameter in parameters:
-            part = parameter.partition_numel()
-            start = rank * part
-            count = min(part, parameter.ds_numel - start)
-            if count > 0:
-                name, shape = names[id(parameter)], shape_of(parameter)
-                runs.append(Run(name=name, shape=shape, start=start, offset=offset, count=count))
-            offset += part
+            runs += _part(names[id(parameter)], parameter, rank, offset)
+            offset += parameter.partition_numel()
         order = tuple(names[id(parameter)] for parameter in parameters)
         group = optimizer.sub_group_to_group_id[index]
         yield Flat(key=master, master=master, group=group, names=order, runs=tuple(runs), written=tuple(runs))
+
+
+def _part(name: str, parameter: Any, rank: int, offset: int) -> list[Run]:
+    """The rank-th of the equal parts that ZeRO 3 makes of a parameter; none where that is padding only."""
+    start = rank * parameter.partition_numel()
+    count = min(parameter.partition_numel(), parameter.ds_numel - start)
+    return [Run(name=name, shape=shape_of(parameter), start=start, offset=offset, count=count)] if count > 0 else []
+
+
+def _frozen(name: str, parameter: Any, rank: int, world: int) -> Flat:
+    """A parameter that no optimizer trains: whole on every rank, but for ZeRO 3."""
+    if not hasattr(parameter, "ds_tensor"):
+        return _whole(-1, name, parameter, rank, world)
+    held = parameter.ds_tensor
+    runs = tuple(_part(name, parameter, rank, 0))
+    return Flat(key=held, master=held.detach().view(-1), group=-1, names=(name,), runs=runs, written=runs)
 
 
 def _unfused_flats(optimizer: Any, names: dict[int, str], rank: int, world: int) -> Iterator[Flat]:
