@@ -109,6 +109,38 @@ class Checkpoint(Strict):
         "as much as its part of the state when left out",
         examples=['"8GiB"'],
     )
+    local: bool = Field(
+        False,
+        description="write to the site's `storage.node_local` first, and from there to the shared filesystem; "
+        "needs `async`",
+        examples=["true"],
+    )
+    local_keep_last: int = Field(
+        1, ge=0, description="newest checkpoints that also stay on the nodes, for a fast restart", examples=["1"]
+    )
+    local_size: SizeBytes | None = Field(
+        None,
+        gt=0,
+        description="most that the run may take of a node's `storage.node_local`; a checkpoint beyond that goes "
+        "straight to the shared filesystem. As much as there is when left out",
+        examples=['"64GiB"'],
+    )
+    partner: bool = Field(
+        False,
+        description="each node writes the next node's part, too: losing one node loses nothing; needs `local`",
+        examples=["true"],
+    )
+    remote: str | None = Field(
+        None,
+        description="URL that fsspec understands; checkpoints are copied there from the shared filesystem",
+        examples=['"s3://bucket/checkpoints"'],
+    )
+    remote_keep_last: int | None = Field(
+        None, ge=1, description="newest checkpoints kept there; all when left out", examples=["5"]
+    )
+    remote_every_steps: int | None = Field(
+        None, ge=1, description="only checkpoints whose step divides by this go there", examples=["1000"]
+    )
 
 
 class Recovery(Strict):

@@ -112,6 +112,32 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
     yield from _deepspeed_problems(job.engine.deepspeed, report)
     for key in ("pushgateway", "otlp_endpoint"):
         yield from _url_problems(getattr(job.metrics, key), ("metrics", key), report)
+    yield from _tier_problems(job, report)
+
+
+def _tier_problems(job: Job, report: Report) -> Iterator[Problem]:
+    """The node-local tier and the remote one."""
+    checkpoint, path = job.checkpoint, ("checkpoint",)
+    if checkpoint.local and not checkpoint.async_:
+        yield report((*path, "local"), "needs checkpoint.async", "set async = true", True)
+    if checkpoint.partner and not checkpoint.local:
+        yield report((*path, "partner"), "needs checkpoint.local", "set local = true, or take it out", True)
+    if checkpoint.partner and job.resources.nodes == 1:
+        yield report((*path, "partner"), "needs two nodes", "raise resources.nodes, or take it out", True)
+    url = checkpoint.remote
+    if url is None:
+        if checkpoint.remote_keep_last is not None:
+            yield report((*path, "remote_keep_last"), "needs checkpoint.remote", "name one, or take it out")
+        if checkpoint.remote_every_steps is not None:
+            yield report((*path, "remote_every_steps"), "needs checkpoint.remote", "name one, or take it out")
+        return
+    scheme, separator, rest = url.partition("://")
+    if "@" in rest.partition("/")[0]:
+        # Without the value, as for other URLs.
+        remedy = "take them out; fsspec reads credentials from the environment and from its own configuration"
+        yield report((*path, "remote"), "holds a user or a password", remedy)
+    elif not (separator and re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and rest.strip("/")):
+        yield report((*path, "remote"), "is no URL", "write for example s3://bucket/checkpoints", url)
 
 
 def _command_problems(job: Job, report: Report) -> Iterator[Problem]:

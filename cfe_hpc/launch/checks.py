@@ -113,6 +113,20 @@ def _staging_unused(loaded: Loaded, plan: Plan) -> Found:
         yield "note", _problem(loaded, "job.checkpoint.staging_memory", what, remedy, value)
 
 
+def _local_tier(loaded: Loaded, plan: Plan) -> Found:
+    if loaded.job.checkpoint.local and loaded.site.storage.node_local is None:
+        what = "checkpoint.local writes to a folder of each node, and the site names none"
+        remedy = "set it in the site profile, or take checkpoint.local out"
+        yield "error", _problem(loaded, "site.storage.node_local", what, remedy)
+
+
+def _remote_tier(loaded: Loaded, plan: Plan) -> Found:
+    url = loaded.job.checkpoint.remote
+    if url is not None and loaded.site.environment.python is None and find_spec("fsspec") is None:
+        what, remedy = "fsspec is not installed: no checkpoint would go there", "pip install cfe-hpc[remote]"
+        yield "error", _problem(loaded, "job.checkpoint.remote", what, remedy, url)
+
+
 def _short_grace(loaded: Loaded, plan: Plan) -> Found:
     grace = plan.preemption.grace
     if plan.preemption.mode != "off" and grace < plan.signal_lead_s:
@@ -202,6 +216,8 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "no-checkpoints": _no_checkpoints,
     "kept-seldom": _kept_seldom,
     "staging-unused": _staging_unused,
+    "local-tier": _local_tier,
+    "remote-tier": _remote_tier,
     "short-grace": _short_grace,
     "signal-at-start": _signal_at_start,
     "no-time-limit": _no_time_limit,
