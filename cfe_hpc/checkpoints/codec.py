@@ -16,13 +16,12 @@ import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from cfe_hpc.checkpoints import tensors
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["Fetch", "TensorRef", "decode", "encode", "refs"]
+__all__ = ["Make", "TensorRef", "decode", "encode", "entries", "refs"]
 
 _FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, set, tuple)}
 _SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
@@ -53,8 +52,8 @@ class TensorRef:
     numpy: tuple[str, tuple[int, ...]] | None = None
 
 
-Fetch = Callable[[TensorRef, memoryview], None]
-"""Fills the memory of a named tensor with its elements."""
+Make = Callable[[TensorRef], Any]
+"""The tensor or array that stands in a tree for a named one."""
 
 
 class _Encoder:
@@ -157,23 +156,22 @@ def encode(tree: Any, name: str) -> tuple[Any, dict[str, Any]]:
     return encoder.value(tree, name), encoder.tensors
 
 
-def decode(encoded: Any, fetch: Fetch, device: str = "cpu") -> Any:
+def decode(encoded: Any, make: Make) -> Any:
     """The tree of `encode`'s JSON.
 
     Args:
-        fetch: called once for each tensor name that has elements.
-        device: where tensors go that were not on the CPU.
+        make: called once for each tensor name.
 
     Raises:
         CheckpointError: the JSON has a tag that this version does not know.
     """
-    fetched: dict[str, Any] = {}
+    made: dict[str, Any] = {}
 
     def tensor(entry: dict[str, Any]) -> Any:
         ref = _ref(entry)
-        if ref.name not in fetched:
-            fetched[ref.name] = tensors.build(ref, partial(fetch, ref), device)
-        return fetched[ref.name]
+        if ref.name not in made:
+            made[ref.name] = make(ref)
+        return made[ref.name]
 
     return _decode(encoded, tensor)
 
@@ -216,7 +214,7 @@ def _scalar(tag: str, body: Any) -> Any:
 
 
 def _no_tensor(entry: dict[str, Any]) -> Any:
-    raise CheckpointError(f"a number cannot be made of tensor {entry['name']}")
+    raise CheckpointError(f"tensor {entry['name']} stands where only a plain value can")
 
 
 def _ref(entry: dict[str, Any]) -> TensorRef:
@@ -230,6 +228,20 @@ def _ref(entry: dict[str, Any]) -> TensorRef:
         grad=entry["grad"],
         numpy=None if numpy is None else (numpy[0], tuple(numpy[1])),
     )
+
+
+def entries(encoded: Any) -> list[tuple[Any, Any]]:
+    """(key, encoded value) of an encoded dict of any kind, in its order. Keys are plain values.
+
+    Raises:
+        CheckpointError: it is no dict.
+    """
+    for tag, body in encoded.items() if isinstance(encoded, dict) else ():
+        if tag == "dict":
+            return list(body.items())
+        if tag in _MAPS:
+            return [(_decode(key, _no_tensor), item) for key, item in body]
+    raise CheckpointError("the checkpoint's state has another value where a dict was expected")
 
 
 def refs(encoded: Any) -> Iterator[TensorRef]:

@@ -42,12 +42,15 @@ class Content:
         own: whole tensors of this rank alone; their names are this rank's own as well.
         state: JSON tree.
         layout: facts that must agree between checkpoint and job, JSON; rank 0's are stored.
+        unchanged: tells whether the steady pieces of torch tensors are as they were when this was made, as far as
+            torch counts writes: not those of another library, or through `.data`.
     """
 
     pieces: Sequence[Piece] = ()
     own: Sequence[Piece] = ()
     state: Any = None
     layout: dict[str, Any] = field(default_factory=dict)
+    unchanged: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,30 +2,35 @@
 
 Every object's state is a tree with tensors. A tensor that all ranks hold alike, bit for bit (a replicated model, its
 optimizer), is divided among them, so that each rank writes about the same number of bytes; one that differs (a
-buffer that each rank updates for itself, a data sampler's) is saved by each rank. Nothing is assumed: ranks compare
-checksums. Objects with the Sharded protocol lay out their own pieces.
+buffer that each rank updates for itself, a data sampler's) is saved by each rank. What DistributedDataParallel keeps
+alike is taken as alike, but for a look at both ends of each tensor (see contracts); of everything else ranks compare
+checksums. DTensors are written by the ranks that hold them, and objects with the Sharded protocol lay out their own
+pieces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from cfe_hpc.checkpoints import codec
+from cfe_hpc.checkpoints import codec, restoring
 from cfe_hpc.checkpoints.agree import all_ranks
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.layout import DTYPE_BYTES, divide
+from cfe_hpc.checkpoints.contracts import Contracts, contracts_of, unchanged_since
+from cfe_hpc.checkpoints.dtensors import Run, is_dtensor, my_runs
+from cfe_hpc.checkpoints.filling import Filling
+from cfe_hpc.checkpoints.kinds import bare, is_trackable, kind_of
+from cfe_hpc.checkpoints.layout import divide
 from cfe_hpc.checkpoints.protocols import Group, Piece, ReadInto, Sharded
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.restoring import check_module, check_optimizer, differences, load_module, load_optimizer
 from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
 from cfe_hpc.checkpoints.store import Content
-from cfe_hpc.checkpoints.tensors import describe, tensor_bytes
-from cfe_hpc.errors import CheckpointError, CheckpointMismatch
+from cfe_hpc.checkpoints.tensors import describe, digests, tensor_bytes
+from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 
 __all__ = ["capture", "is_trackable", "restore"]
 
@@ -40,43 +45,14 @@ class _Captured:
     name: str
     entry: dict[str, Any]
     tensors: dict[str, Any]
+    dtensors: dict[str, Any] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()
     layout: Any = None
 
-
-def is_trackable(thing: Any) -> bool:
-    """Whether `capture` can take it: the Sharded protocol, or state_dict and load_state_dict."""
-    return _is_sharded(thing) or all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
-
-
-def _is_sharded(thing: Any) -> bool:
-    methods = ("checkpoint_layout", "checkpoint_state", "load_checkpoint_state")
-    return all(callable(getattr(thing, name, None)) for name in methods)
-
-
-def _bare(thing: Any) -> Any:
-    """What is saved in an object's place: the module inside DDP or torch.compile, a DeepSpeed engine's adapter."""
-    if "deepspeed" in sys.modules and not _is_sharded(thing):
-        from cfe_hpc.checkpoints.deepspeed import DeepSpeedState, is_deepspeed_engine
-
-        if is_deepspeed_engine(thing):
-            return DeepSpeedState(thing)
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(thing, torch.nn.Module):
-        return thing
-    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while isinstance(thing, parallel) or hasattr(thing, "_orig_mod"):
-        thing = thing.module if isinstance(thing, parallel) else thing._orig_mod
-    return thing
-
-
-def _kind(thing: Any) -> str:
-    torch = sys.modules.get("torch")
-    if _is_sharded(thing):
-        return "sharded"
-    if torch is not None and isinstance(thing, torch.nn.Module):
-        return "module"
-    return "optimizer" if torch is not None and isinstance(thing, torch.optim.Optimizer) else "object"
+    @property
+    def kind(self) -> str:
+        kind: str = self.entry["kind"]
+        return kind
 
 
 def capture(objects: Mapping[str, Any], *, group: Group, facts: Mapping[str, Any] | None = None) -> Content:
@@ -92,10 +68,17 @@ def capture(objects: Mapping[str, Any], *, group: Group, facts: Mapping[str, Any
         CheckpointError: an object's state cannot be stored, or ranks track different names; the same on every rank.
     """
     captured: list[_Captured] = []
+    runs: list[Run] = []
 
     def encode() -> bytes:
-        captured.extend(_capture(name, _bare(thing)) for name, thing in objects.items())
+        things = {name: bare(thing) for name, thing in objects.items()}
+        captured.extend(_capture(name, thing) for name, thing in things.items())
+        names = _parameter_names(things)  # after the states: by then FSDP2 has its shards in place
+        for each in captured:
+            if each.kind == "optimizer":
+                each.entry.update(restoring.optimizer_facts(things[each.name], names))
         captured.append(_captured_rng())
+        runs.extend(my_runs({name: tensor for each in captured for name, tensor in each.dtensors.items()}))
         return json.dumps({each.name: _shape_sum(each) for each in captured}).encode()
 
     shapes = [json.loads(found) for found in all_ranks(group, encode)]
@@ -104,20 +87,36 @@ def capture(objects: Mapping[str, Any], *, group: Group, facts: Mapping[str, Any
             "ranks track different objects: " + "; ".join(sorted({", ".join(found) for found in shapes}))
         )
     alike = {name for name in shapes[0] if all(found[name] == shapes[0][name] for found in shapes)}
-    shared, own = _split(captured, alike, group)
+    contracts = contracts_of(objects, group.size)
+    steady = {
+        name: tensor
+        for each in captured
+        for name, tensor in {**each.tensors, **each.dtensors}.items()
+        if contracts.is_steady(name, each.kind, tensor)
+    }
+    shared, own = _split(captured, alike, contracts, group)
     return Content(
-        pieces=[*(piece for each in captured for piece in each.pieces), *_my_share(shared, group)],
-        own=[_whole(name, tensor) for name, tensor in own.items()],
+        pieces=[
+            *(piece for each in captured for piece in each.pieces),
+            *_my_share(shared, group, steady),
+            *(_piece_of(run, steady) for run in runs),
+        ],
+        own=[_whole(name, tensor, name in steady) for name, tensor in own.items()],
         state={each.name: each.entry for each in captured},
         layout={
             "facts": dict(facts or {}),
             "objects": {each.name: each.layout for each in captured if each.layout is not None},
         },
+        unchanged=unchanged_since(steady.values()),
     )
 
 
+def _parameter_names(things: Mapping[str, Any]) -> dict[int, str]:
+    return restoring.parameter_names({name: thing for name, thing in things.items() if kind_of(thing) == "module"})
+
+
 def _capture(name: str, thing: Any) -> _Captured:
-    kind = _kind(thing)
+    kind = kind_of(thing)
     if kind == "sharded":
         return _capture_sharded(name, thing)
     state = thing.state_dict()
@@ -126,17 +125,16 @@ def _capture(name: str, thing: Any) -> _Captured:
     metadata = getattr(state, "_metadata", None)
     if kind == "module" and metadata is not None:
         entry["metadata"], _ = codec.encode(dict(metadata), f"{name}/metadata")
-    return _Captured(name=name, entry=entry, tensors=tensors)
+    plain = {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
+    dtensors = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
+    return _Captured(name=name, entry=entry, tensors=plain, dtensors=dtensors)
 
 
 def _capture_sharded(name: str, thing: Sharded) -> _Captured:
     layout = thing.checkpoint_layout()
     pieces, state = thing.checkpoint_state()
     tree, tensors = codec.encode(state, f"{name}/~")
-    named = tuple(
-        Piece(name=f"{name}/{piece.name}", dtype=piece.dtype, shape=piece.shape, start=piece.start, data=piece.data)
-        for piece in pieces
-    )
+    named = tuple(replace(piece, name=f"{name}/{piece.name}") for piece in pieces)
     return _Captured(name=name, entry={"kind": "sharded", "tree": tree}, tensors=tensors, pieces=named, layout=layout)
 
 
@@ -146,47 +144,59 @@ def _captured_rng() -> _Captured:
 
 
 def _shape_sum(captured: _Captured) -> int:
-    refs = {ref.name: [ref.dtype, ref.shape] for ref in codec.refs(captured.entry["tree"])}
-    return crc32c(json.dumps([refs[name] + [name] for name in captured.tensors]).encode())
+    refs = {ref.name: [ref.name, ref.dtype, ref.shape] for ref in codec.refs(captured.entry["tree"])}
+    return crc32c(json.dumps(list(refs.values())).encode())
 
 
-def _split(captured: Sequence[_Captured], alike: set[str], group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(
+    captured: Sequence[_Captured], alike: set[str], contracts: Contracts, group: Group
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors that all ranks hold alike, and this rank's others. Collective."""
     candidates = {name: tensor for each in captured if each.name in alike for name, tensor in each.tensors.items()}
-    others = {name: tensor for each in captured if each.name not in alike for name, tensor in each.tensors.items()}
+    own = {name: tensor for each in captured if each.name not in alike for name, tensor in each.tensors.items()}
     if group.size == 1 or not candidates:
-        return candidates, others
+        return candidates, own
+    kinds = {name: (each.name, each.kind) for each in captured for name in each.tensors}
+    trusted = {name for name, tensor in candidates.items() if contracts.is_replicated(*kinds[name], tensor)}
     sums: list[int] = []
 
-    def checksums() -> bytes:
-        sums.extend(crc32c(tensor_bytes(tensor)) for tensor in candidates.values())
+    def sum_up() -> bytes:
+        sums.extend(digests([(tensor, name not in trusted) for name, tensor in candidates.items()]))
         return b""
 
-    all_ranks(group, checksums)
+    all_ranks(group, sum_up)
     extremes = group.all_max([*sums, *(-value for value in sums)])
     shared: dict[str, Any] = {}
-    own = dict(others)
     for index, (name, tensor) in enumerate(candidates.items()):
         same = extremes[index] == -extremes[index + len(sums)]
         (shared if same else own)[name] = tensor
-    if own and group.rank == 0:
+    if group.rank == 0:
+        for name in trusted & own.keys():
+            _log.warning("%s differs between ranks, although DistributedDataParallel has it: each saves its own", name)
         _log.debug("%d of %d tensors are saved by each rank for itself", len(own), len(own) + len(shared))
     return shared, own
 
 
-def _my_share(shared: Mapping[str, Any], group: Group) -> Iterator[Piece]:
+def _my_share(shared: Mapping[str, Any], group: Group, steady: Container[str]) -> Iterator[Piece]:
     names = list(shared)
     wholes = [_facts(tensor) for tensor in shared.values()]
     for index, start, count in divide(wholes, group.rank, group.size):
         dtype, shape = wholes[index]
-        low, item_bytes = start * DTYPE_BYTES[dtype], DTYPE_BYTES[dtype]
-        content = tensor_bytes(shared[names[index]])[low : low + count * item_bytes]
-        yield Piece(name=names[index], dtype=dtype, shape=shape, start=start, data=content)
+        content = tensor_bytes(shared[names[index]], start, count)
+        yield Piece(
+            name=names[index], dtype=dtype, shape=shape, start=start, data=content, steady=names[index] in steady
+        )
 
 
-def _whole(name: str, tensor: Any) -> Piece:
+def _piece_of(run: Run, steady: Container[str]) -> Piece:
+    dtype, shape = _facts(run.value)
+    content = tensor_bytes(run.local, run.offset, run.count)
+    return Piece(name=run.name, dtype=dtype, shape=shape, start=run.start, data=content, steady=run.name in steady)
+
+
+def _whole(name: str, tensor: Any, steady: bool) -> Piece:
     dtype, shape = _facts(tensor)
-    return Piece(name=name, dtype=dtype, shape=shape, start=0, data=tensor_bytes(tensor))
+    return Piece(name=name, dtype=dtype, shape=shape, start=0, data=tensor_bytes(tensor), steady=steady)
 
 
 def _facts(tensor: Any) -> tuple[str, tuple[int, ...]]:
@@ -215,32 +225,73 @@ def restore(
         CorruptCheckpoint: bytes are not those that were written; objects may have been changed.
         CheckpointError: an object refused its state; objects may have been changed.
     """
-    bare = {name: _bare(thing) for name, thing in objects.items()}
-    state = opened.state(group.rank)
+    phases = _Restore(opened, objects, group, facts or {}, device)
+    for phase in (phases.check, phases.read, phases.finish, phases.finish_sharded):
+        all_ranks(group, phase)
+    if opened.world_size == group.size:
+        restore_rng(phases.trees[_RNG])
+    elif group.rank == 0:
+        _log.warning(
+            "%s was saved by %d ranks and %d resume: random generators start from the job's seed",
+            opened.folder.name,
+            opened.world_size,
+            group.size,
+        )
 
-    def check() -> bytes:
-        found = list(_mismatches(opened, state, bare, facts))
+
+class _Restore:
+    """The phases of `restore`, after each of which ranks agree."""
+
+    def __init__(
+        self, opened: Opened, objects: Mapping[str, Any], group: Group, facts: Mapping[str, Any], device: str
+    ) -> None:
+        self._opened, self._facts = opened, facts
+        self._state = opened.state(group.rank)
+        self._objects = {name: bare(thing) for name, thing in objects.items()}
+        self._filling = Filling(opened.own(group.rank), opened.reader, device=device, alike=group.size > 1)
+        self._finishes: list[restoring.Finish] = []
+        self.trees: dict[str, Any] = {}
+
+    def check(self) -> bytes:
+        """Compare; nothing is read or changed."""
+        found = list(_mismatches(self._opened, self._state, self._objects, self._facts))
         if found:
-            raise CheckpointMismatch(f"{opened.folder.name} does not fit the job: " + "; ".join(found))
+            raise CheckpointMismatch(f"{self._opened.folder.name} does not fit the job: " + "; ".join(found))
         return b""
 
-    def load() -> bytes:
-        own = opened.own(group.rank)
-        for name, thing in bare.items():
-            _load(thing, name, state[name], _fetch(own, opened.reader), opened.reader, device)
-        if opened.world_size == group.size:
-            restore_rng(codec.decode(state[_RNG]["tree"], _fetch(own, opened.reader)))
-        elif group.rank == 0:
-            _log.warning(
-                "%s was saved by %d ranks and %d resume: random generators start from the job's seed",
-                opened.folder.name,
-                opened.world_size,
-                group.size,
-            )
+    def read(self) -> bytes:
+        """Read all but what sharded objects read for themselves."""
+        for name, thing in self._objects.items():
+            entry = self._state[name]
+            if entry["kind"] == "sharded":
+                self.trees[name] = codec.decode(entry["tree"], self._filling.new)
+            else:
+                self._finishes.append(_LOADERS[entry["kind"]](thing, entry, self._filling))
+        self.trees[_RNG] = codec.decode(self._state[_RNG]["tree"], self._filling.new)
+        self._filling.flush()
         return b""
 
-    all_ranks(group, check)
-    all_ranks(group, load)
+    def finish(self) -> bytes:
+        """Give objects their state."""
+        for each in self._finishes:
+            each()
+        return b""
+
+    def finish_sharded(self) -> bytes:
+        """Let sharded objects read and take theirs."""
+        for name, thing in self._objects.items():
+            if name in self.trees:
+                within = _Within(self._opened.reader, f"{name}/")
+                cast(Sharded, thing).load_checkpoint_state(within, self.trees[name])
+                within.settle()
+        return b""
+
+
+_LOADERS: dict[str, Callable[[Any, Mapping[str, Any], Filling], restoring.Finish]] = {
+    "module": restoring.load_module,
+    "optimizer": restoring.load_optimizer,
+    "object": restoring.load_object,
+}
 
 
 def _mismatches(
@@ -250,47 +301,36 @@ def _mismatches(
     yield from (f"{name} is tracked, and not in the checkpoint" for name in objects if name not in state)
     yield from (f"{name} is in the checkpoint, and not tracked" for name in saved if name not in objects)
     layout = opened.manifest.layout
-    yield from differences(layout["facts"], json.loads(json.dumps(dict(facts or {}))), "")
+    yield from restoring.differences(layout["facts"], json.loads(json.dumps(dict(facts or {}))), "")
+    names = _parameter_names(objects)
     for name, thing in objects.items():
         if name not in state:
             continue
-        kind, was = _kind(thing), state[name]["kind"]
-        if kind != was:
-            yield f"{name} was saved from a {was} and is a {kind}"
+        kind, entry = kind_of(thing), state[name]
+        if kind != entry["kind"]:
+            yield f"{name} was saved from a {entry['kind']} and is a {kind}"
         elif kind == "sharded":
-            yield from differences(layout["objects"][name], json.loads(json.dumps(thing.checkpoint_layout())), name)
+            yield from restoring.differences(
+                layout["objects"][name], json.loads(json.dumps(thing.checkpoint_layout())), name
+            )
         elif kind == "module":
-            yield from check_module(thing, state[name]["tree"], name)
+            yield from restoring.check_module(thing, entry["tree"], name)
         elif kind == "optimizer":
-            yield from check_optimizer(thing, state[name]["tree"], name)
-
-
-def _fetch(own: ReadInto, shared: ReadInto) -> codec.Fetch:
-    mine = set(own.names())
-
-    def fetch(ref: codec.TensorRef, out: memoryview) -> None:
-        (own if ref.name in mine else shared).read_into(ref.name, 0, out)
-
-    return fetch
-
-
-def _load(thing: Any, name: str, entry: dict[str, Any], fetch: codec.Fetch, reader: ReadInto, device: str) -> None:
-    tree = codec.decode(entry["tree"], fetch, device)
-    if entry["kind"] == "sharded":
-        cast(Sharded, thing).load_checkpoint_state(_Within(reader, f"{name}/"), tree)
-    elif entry["kind"] == "module":
-        load_module(thing, tree, codec.decode(entry["metadata"], fetch) if "metadata" in entry else None)
-    elif entry["kind"] == "optimizer":
-        load_optimizer(thing, tree)
-    else:
-        thing.load_state_dict(tree)
+            yield from restoring.check_optimizer(thing, entry, name, names)
+        else:
+            yield from restoring.check_object(thing, entry["tree"], name)
 
 
 class _Within:
-    """The tensors whose names begin with a prefix, by the rest of their names; a ReadInto."""
+    """The tensors whose names begin with a prefix, by the rest of their names; a ReadInto.
+
+    Its object may enter collectives after it has read. So bytes that are not those that were written are not told
+    to it, on one rank of several: it goes on with what there is, and `settle` tells when it is done.
+    """
 
     def __init__(self, reader: ReadInto, prefix: str) -> None:
         self._reader, self._prefix = reader, prefix
+        self._corrupt: CorruptCheckpoint | None = None
 
     def names(self) -> Sequence[str]:
         own = f"{self._prefix}~/"  # the tensors of the object's tree
@@ -304,10 +344,24 @@ class _Within:
         return self._reader.describe(self._prefix + name)
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        self._reader.read_into(self._prefix + name, start, out)
+        with self._remembering():
+            self._reader.read_into(self._prefix + name, start, out)
 
     def enqueue(self, name: str, start: int, out: memoryview) -> None:
         self._reader.enqueue(self._prefix + name, start, out)
 
     def flush(self, *, alike: bool = False) -> None:
-        self._reader.flush(alike=alike)
+        with self._remembering():
+            self._reader.flush(alike=alike)
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except CorruptCheckpoint as error:
+            self._corrupt = self._corrupt or error
+
+    def settle(self) -> None:
+        """Raise the first CorruptCheckpoint that was held back."""
+        if self._corrupt is not None:
+            raise self._corrupt

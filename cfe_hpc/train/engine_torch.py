@@ -66,7 +66,7 @@ class TorchEngine:
         return loss_B
 
     def tracked(self) -> dict[str, Any]:
-        return {"model": self._model, "optimizer": self._optimizer}
+        return {"model": self._wrapped or self._model, "optimizer": self._optimizer}
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, torch.bfloat16) if self._bf16 else nullcontext()
