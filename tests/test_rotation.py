@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
-import shutil
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints import folders, marks, remover, rotation
 from cfe_hpc.checkpoints.manifest import FileFacts, Identity, Manifest
-from cfe_hpc.checkpoints.rotation import Kept, inventory, rotate, superfluous
+from cfe_hpc.checkpoints.remover import Remover
+from cfe_hpc.checkpoints.rotation import Kept, Rotation, inventory, rotate, superfluous
 from cfe_hpc.config.job import Checkpoint
 
 
@@ -115,18 +117,47 @@ def test_a_deletion_that_fails_is_logged_and_the_others_go_on(
 def test_a_deletion_cut_short_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 4):
         make(tmp_path, step)
-
-    def die(path: Path) -> None:
-        (path / "manifest.json").unlink()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        rotate(tmp_path, Checkpoint(keep_last=2), protect=())
+    monkeypatch.setattr(Remover, "wake", lambda self: None)  # the process dies before it has unlinked anything
+    assert rotate(tmp_path, Checkpoint(keep_last=2), protect=()) == [1]
     monkeypatch.undo()
     assert steps(tmp_path) == [2, 3] and len(os.listdir(tmp_path)) == 3
     assert rotate(tmp_path, Checkpoint(keep_last=2), protect=()) == []
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_nobody_waits_for_files_to_be_unlinked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 4):
+        make(tmp_path, step)
+    slow = threading.Event()
+    real = remover._unlink
+
+    def unlink(path: Path) -> None:
+        assert slow.wait(30)
+        real(path)
+
+    monkeypatch.setattr(remover, "_unlink", unlink)
+    rotation = Rotation(tmp_path, Checkpoint(keep_last=1))
+    assert rotation.rotate() == [1, 2] and steps(tmp_path) == [3]
+    make(tmp_path, 4)
+    assert rotation.rotate() == [3] and steps(tmp_path) == [4]
+    assert not rotation.finish(timeout_s=0.01)
+    slow.set()
+    assert rotation.finish() and os.listdir(tmp_path) == ["step-000000004"]
+
+
+def test_unlinking_is_throttled_until_somebody_waits_for_it(tmp_path: Path) -> None:
+    trash = tmp_path / ".trash-step-000000001-00aa"
+    trash.mkdir()
+    for number in range(50):
+        (trash / str(number)).touch()
+    (trash / "foreign").mkdir()
+    removing = Remover(tmp_path, files_per_s=0.01)
+    removing.wake()
+    while len(os.listdir(trash)) == 51:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(os.listdir(trash)) == 50
+    assert removing.finish() and os.listdir(tmp_path) == []
 
 
 def test_five_hundred_checkpoints_are_rotated_at_once(tmp_path: Path) -> None:
@@ -149,19 +180,15 @@ def test_five_hundred_checkpoints_are_rotated_at_once(tmp_path: Path) -> None:
 )
 def test_what_may_go_is_what_no_reason_keeps(saved, keep_last, every, best, protect) -> None:
     everything = [
-        Kept(path=Path(str(step)), manifest=manifest(step, attempt, {"loss": loss}))
+        Kept(path=Path(str(step)), step=step, attempt=attempt, metrics={"loss": loss})
         for step, (attempt, loss) in enumerate(saved)
     ]
-    everything.sort(key=lambda each: (each.manifest.identity.attempt, each.step), reverse=True)
+    everything.sort(key=lambda each: (each.attempt, each.step), reverse=True)
     policy = Checkpoint(keep_last=keep_last, keep_every_steps=every, keep_best=best)
     gone = {each.step for each in superfluous(everything, policy, protect)}
     assert len(everything) - len(gone) >= min(keep_last, len(everything))
     assert everything[0].step not in gone and not gone & protect
-    losses = {
-        each.step: each.manifest.metrics["loss"]
-        for each in everything
-        if each.manifest.metrics["loss"] == each.manifest.metrics["loss"]
-    }
+    losses = {each.step: each.metrics["loss"] for each in everything if each.metrics["loss"] == each.metrics["loss"]}
     if best and losses:
         top = (min if best == "loss:min" else max)(losses.values())
         assert any(losses[step] == top for step in losses.keys() - gone)
@@ -171,3 +198,88 @@ def test_what_may_go_is_what_no_reason_keeps(saved, keep_last, every, best, prot
 
 def test_an_empty_or_missing_folder_has_nothing_to_rotate(tmp_path: Path) -> None:
     assert rotate(tmp_path / "none", Checkpoint(), protect=()) == [] and inventory(tmp_path) == []
+
+
+def test_a_save_reads_no_manifest_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 51):
+        make(tmp_path, step, loss=step % 7)
+    once = Rotation(tmp_path, Checkpoint(keep_last=2, keep_every_steps=1, keep_best="loss:min"))
+    once.prepare()
+    read: list[str] = []
+    real = rotation.read_manifest
+
+    def note(folder: Path, run_id: str | None = None) -> Manifest:
+        read.append(folder.name)
+        return real(folder, run_id)
+
+    monkeypatch.setattr(rotation, "read_manifest", note)
+    for step in (51, 52):
+        make(tmp_path, step, loss=9.0)
+        assert once.rotate() == []
+    assert set(read) == {"step-000000051", "step-000000052"}
+    again = make(tmp_path / "elsewhere", 50, attempt=1, loss=9.0)
+    folders.put_in_place(again, tmp_path / again.name)
+    once.rotate()
+    assert read[-1] == "step-000000050", "saved again"
+
+
+def test_what_loses_a_file_while_it_is_remembered_counts_no_more(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        make(tmp_path, step)
+    once = Rotation(tmp_path, Checkpoint(keep_last=4))
+    assert once.rotate() == []
+    (tmp_path / "step-000000004" / "shard-00000.bin").unlink()
+    for step in (5, 6, 7):
+        make(tmp_path, step)
+    assert once.rotate() == [1, 2] and once.finish()
+    assert steps(tmp_path) == [3, 4, 5, 6, 7]
+
+
+def test_marked_ones_stay_and_a_mark_outlives_its_checkpoint(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        marks.put(make(tmp_path, step), "verified")
+    marks.put(tmp_path / "step-000000001", "pinned", note="the good one")
+    marks.put(tmp_path / "step-000000002", "epoch", epoch=0)
+    assert rotate(tmp_path, Checkpoint(keep_last=1), protect=()) == [3]
+    folders.discard(tmp_path / "step-000000001")
+    make(tmp_path, 1, attempt=1)
+    assert rotate(tmp_path, Checkpoint(keep_last=1), protect=()) == [4], "a later attempt's step 1 is the last"
+    assert steps(tmp_path) == [1, 2]
+    marks.remove(tmp_path / "step-000000001", "pinned")
+    make(tmp_path, 5, attempt=1)
+    assert rotate(tmp_path, Checkpoint(keep_last=1), protect=()) == [1]
+    assert sorted(path.name for path in tmp_path.glob("*.verified")) == [f"step-{n:09d}.verified" for n in (2,)]
+
+
+def test_who_pins_while_it_is_being_rotated_away_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark comes after rotation has read the folder, and before or after the rename."""
+    real = os.rename
+    for moment in ("before", "after"):
+        path = make(tmp_path / moment, 1)
+        make(tmp_path / moment, 2)
+
+        def rename(source: Path, target: Path, path: Path = path, moment: str = moment) -> None:
+            if moment == "after":
+                real(source, target)
+            if Path(source) == path:
+                marks.put(path, "pinned")
+            if moment == "before":
+                real(source, target)
+
+        monkeypatch.setattr(folders.os, "rename", rename)
+        assert rotate(tmp_path / moment, Checkpoint(keep_last=1), protect=()) == []
+        monkeypatch.undo()
+        assert steps(tmp_path / moment) == [1, 2]
+
+
+def test_who_dies_while_a_pinned_one_is_out_loses_nothing(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    again = make(tmp_path, 2)
+    os.rename(path, tmp_path / ".leaving-step-000000001-00aa")
+    marks.put(path, "pinned")
+    os.rename(again, tmp_path / ".leaving-step-000000002-00aa")
+    make(tmp_path, 2, attempt=1)
+    marks.put(again, "pinned")
+    rotate(tmp_path, Checkpoint(keep_last=1), protect=())
+    assert steps(tmp_path) == [1, 2] and inventory(tmp_path)[0].attempt == 1
+    assert not list(tmp_path.glob(".*"))
