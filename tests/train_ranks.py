@@ -1,9 +1,14 @@
-"""Real ranks for tests of training: fresh processes in one gloo group, and checkpoints through the real store."""
+"""Real ranks for tests of training: fresh processes in one gloo group, and checkpoints through the real store.
+
+Each rank is a process of its own that starts with torch and deepspeed imported: importing them takes seconds of a core,
+so one server process does that once and ranks are forked from it, before it has any thread or group.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import socket
@@ -17,7 +22,7 @@ from cfe_hpc.checkpoints.store import Content, newest, save
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """`function(rank, *args)` in a fresh process for each rank; what each returned, by rank."""
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     answers: Any = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,6 +46,21 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_
             process.kill()
             process.join()
     return [results[rank] for rank in range(world_size)]
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "deepspeed"])
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks at it on import, in the server
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
+    return context
 
 
 def _rank_main(rank: int, world_size: int, port: int, answers: Any, function: Any, args: Sequence[Any]) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfe_hpc.checkpoints.agree import all_ranks
 from cfe_hpc.checkpoints.deepspeed_flats import KNOWN, Flat, flats_of, shape_of
 from cfe_hpc.checkpoints.landing import Landing, bytes_of
 from cfe_hpc.checkpoints.protocols import Piece, ReadInto
 from cfe_hpc.checkpoints.tensors import dtype_name
+from cfe_hpc.checkpoints.torch_group import TorchGroup
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch
 
-__all__ = ["DeepSpeedState", "is_deepspeed_engine"]
+__all__ = ["SCALER_FIELDS", "TREE_VERSION", "DeepSpeedState", "is_deepspeed_engine", "small_value"]
 
 TREE_VERSION = 1
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -47,8 +49,8 @@ class DeepSpeedState:
         self._optimizer = engine.optimizer
         self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's, inside ZeRO's
         self._group = engine.seq_data_parallel_group
-        self._rank = torch.distributed.get_rank(self._group)
-        self._world = torch.distributed.get_world_size(self._group)
+        self._ranks = TorchGroup(self._group)
+        self._rank, self._world = self._ranks.rank, self._ranks.size
 
     def checkpoint_layout(self) -> dict[str, Any]:
         """JSON facts that must agree. The world size is not among them: intervals are read in any layout."""
@@ -77,14 +79,24 @@ class DeepSpeedState:
             CorruptCheckpoint: the bytes are not those that were written; the state may have been changed in part.
         """
         flats = list(self._flats())
-        self._check_fits(flats, reader, tree)
-        landing = Landing(reader)
-        with torch.no_grad():
+        landing = Landing(reader, alike=self._engine.zero_optimization_stage() == 0)
+
+        def check() -> bytes:
+            self._check_fits(flats, reader, tree)
+            return b""
+
+        def read() -> bytes:
             for flat in flats:
                 self._load_flat(flat, landing, reader, tree["parameters"])
             for name, buffer in _persistent_buffers(self._engine.module):
                 landing.fill(self._buffer_name(name, reader), 0, buffer)
             landing.flush()
+            return b""
+
+        # A rank that failed alone would leave the others waiting in the collectives below.
+        all_ranks(self._ranks, check)
+        with torch.no_grad():
+            all_ranks(self._ranks, read)
         self._load_counters(tree)
         self._spread_masters()
 
@@ -141,7 +153,7 @@ class DeepSpeedState:
         for flat in flats:
             moments = self._moments(flat)
             state = self._inner.state.get(flat.key, {})
-            small = {key: _small(value) for key, value in state.items() if key not in moments}
+            small = {key: small_value(value) for key, value in state.items() if key not in moments}
             parameters.update({name: {"moments": sorted(moments), "small": small} for name in flat.names})
         scaler = getattr(self._optimizer, "loss_scale_config", getattr(self._optimizer, "loss_scaler", None))
         scheduler = getattr(engine.lr_scheduler, "state_dict", None)
@@ -149,7 +161,7 @@ class DeepSpeedState:
             "version": TREE_VERSION,
             "parameters": parameters,
             "groups": [
-                {key: _small(value) for key, value in group.items() if key != "params"}
+                {key: small_value(value) for key, value in group.items() if key != "params"}
                 for group in self._inner.param_groups
             ],
             "global_steps": engine.global_steps,
@@ -270,7 +282,7 @@ def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]
     return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
 
 
-def _small(value: Any) -> Any:
+def small_value(value: Any) -> Any:
     """A value for the tree: numbers kept as 0-d tensors by type and value, other tensors copied, tuples as lists."""
     if isinstance(value, Tensor) and value.dim() == 0:
         return {"scalar": dtype_name(value.dtype), "value": value.item()}
@@ -280,7 +292,7 @@ def _small(value: Any) -> Any:
 
 
 def _restored(value: Any, home: torch.device) -> Any:
-    """What `_small` was given; a tensor of its own at every call: torch's AdamW counts `step` up in place."""
+    """What `small_value` was given; a tensor of its own at every call: torch's AdamW counts `step` up in place."""
     if isinstance(value, dict) and "scalar" in value:
         return torch.tensor(value["value"], dtype=getattr(torch, value["scalar"]), device=home)
     return value.clone().to(home) if isinstance(value, Tensor) else value

@@ -32,7 +32,7 @@ class Landing:
 
         Raises:
             CheckpointMismatch: it is of another dtype in the checkpoint, or there is no such interval.
-            CorruptCheckpoint: bytes are not those that were written.
+            CorruptCheckpoint: bytes of what was collected before are not those that were written.
         """
         dtype, _ = self._reader.describe(name)
         if dtype != dtype_name(target.dtype):
@@ -43,7 +43,8 @@ class Landing:
             self._reader.enqueue(name, start, bytes_of(target))
             return
         # A view of a tensor that is not contiguous need not exist: only a whole one lands in one piece.
-        pieces = target.view(-1).split(LANDING_BYTES // target.element_size()) if target.is_contiguous() else [target]
+        size = LANDING_BYTES // target.element_size()
+        pieces = torch.split(target.view(-1), size) if target.is_contiguous() else (target,)
         for piece in pieces:
             self._land(name, start, piece)
             start += piece.numel()
