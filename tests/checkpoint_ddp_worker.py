@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import socket
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_groups import SocketGroup
 
+from cfe_hpc.checkpoints import tensors
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, restore
 
@@ -29,19 +31,44 @@ class Position:
         self.random.setstate(state["state"])
 
 
+class Counted:
+    """Bytes that went into checksums of tensors."""
+
+    def __init__(self) -> None:
+        self.size_bytes, self._crc32c = 0, tensors.crc32c
+        tensors.crc32c = self
+
+    def __call__(self, content: memoryview) -> int:
+        self.size_bytes += len(content)
+        return self._crc32c(content)
+
+
+def report(content: object, summed_bytes: int, unchanged: list[bool]) -> dict:
+    return {
+        "summed_bytes": summed_bytes,
+        "written_bytes": sum(piece.data.nbytes for piece in content.pieces),
+        "own": sorted(piece.name for piece in content.own),
+        "shared": sorted({piece.name for piece in content.pieces}),
+        "steady": sorted({piece.name for piece in [*content.pieces, *content.own] if piece.steady}),
+        "unchanged": unchanged,
+    }
+
+
 def main(mode: str, folder: Path, rank: int, size: int, links: list[int]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(100 * (mode == "resume") + rank)
     group = SocketGroup(rank, size, [socket.socket(fileno=fd) for fd in links])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{mode}", rank=rank, world_size=size)
     net = torch.nn.Sequential(
-        torch.nn.Linear(16, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.2), torch.nn.Linear(64, 16)
+        torch.nn.Linear(16, 4096), torch.nn.BatchNorm1d(4096), torch.nn.Dropout(0.2), torch.nn.Linear(4096, 16)
     )
+    net.register_parameter("mine", torch.nn.Parameter(torch.full((3,), float(rank)), requires_grad=False))
+    net._ddp_params_and_buffers_to_ignore = ["mine"]
     model = torch.nn.parallel.DistributedDataParallel(net)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": Position(rank)}
-    first = 0
+    first, told, content = 0, {}, None
     if mode == "resume":
         opened = newest(folder / "checkpoints", run_id="r", attempt=1, group=group)
         assert opened is not None
@@ -49,17 +76,24 @@ def main(mode: str, folder: Path, rank: int, size: int, links: list[int]) -> Non
         first = opened.step
     for step in range(first, TOTAL):
         if mode == "whole" and step == SAVED:
+            counted = Counted()
             content = capture(objects, group=group)
+            told = report(content, counted.size_bytes, [content.unchanged()])
             save(folder / "checkpoints", content, step=step, attempt=0, run_id="r", group=group)
         x = torch.randn(8, 16) + objects["data"].random.random()
         loss = (model(x) - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
+        if step == SAVED and content is not None:
+            told["unchanged"].append(content.unchanged())
         optimizer.step()
+        if step == SAVED and content is not None:
+            told["unchanged"].append(content.unchanged())
         schedule.step()
     parts = [*net.state_dict().values(), *(value for each in optimizer.state.values() for value in each.values())]
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
     print(first, digest, loss.item().hex(), schedule.get_last_lr()[0].hex(), flush=True)
+    print(json.dumps(told), flush=True)
     dist.destroy_process_group()
 
 

@@ -43,6 +43,7 @@ def final_weights(rank: int, spec: EngineSpec, micro_batch: int, world_size: int
         losses.append(float(torch.stack(micro_losses).mean()))
     held_out = engine.evaluate(windows[:, :-1], windows[:, 1:])
     (tracked, *_) = engine.tracked().values()
+    tracked = getattr(tracked, "module", tracked)  # inside DistributedDataParallel
     named = tracked.consolidated() if hasattr(tracked, "consolidated") else tracked.named_parameters()
     weights = {name: weight.detach().clone().numpy() for name, weight in named}
     return {"weights": weights, "losses": losses, "norms": norms, "held_out": held_out.tolist()}

@@ -101,6 +101,5 @@ def unchanged_since(steady: Iterable[Any]) -> Callable[[], bool]:
 
     Writes through `.data`, or by another library into the memory, are not counted.
     """
-    parts = [local_part(tensor) if is_dtensor(tensor) else tensor for tensor in steady]
-    versions = [(part, part._version) for part in parts]
-    return lambda: all(part._version == version for part, version in versions)
+    versions = [(tensor, tensor._version) for tensor in steady]
+    return lambda: all(tensor._version == version for tensor, version in versions)

@@ -75,6 +75,11 @@ class Sharded(Protocol):
     """An object that knows how to lay its own state out in pieces (a DeepSpeed engine's adapter, say).
 
     Objects without these methods are taken by their state_dict / load_state_dict.
+
+    Either kind may say beforehand what it would refuse, for all mismatches to be told before anything is loaded: a
+    Sharded object by `check_checkpoint_state(reader, tree)`, any other by `check_state_dict(state)`. Both are called
+    on every rank, yield a phrase for each mismatch, and find a `checkpoints.codec.TensorRef` (name, dtype, shape)
+    where the state has a tensor. They read no bytes and enter no collectives.
     """
 
     def checkpoint_layout(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from cfe_hpc.checkpoints import codec
 from cfe_hpc.checkpoints.dtensors import dtensor_like, is_dtensor
 from cfe_hpc.checkpoints.filling import Filling
+from cfe_hpc.checkpoints.protocols import ReadInto
 from cfe_hpc.checkpoints.tensors import dtype_name, is_tensor
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_module",
     "check_object",
     "check_optimizer",
+    "check_sharded",
     "differences",
     "load_module",
     "load_object",
@@ -122,9 +124,20 @@ def _parameter(facts: list[Any]) -> str:
 
 
 def check_object(thing: Any, tree: Any, name: str) -> Iterator[str]:
-    """What the object itself has against an encoded state, in words of its `check_state_dict`, if it has that."""
+    """What an object's own `check_state_dict`, if it has one, says of an encoded state."""
     if callable(getattr(thing, "check_state_dict", None)):
-        yield from (f"{name}: {why}" for why in thing.check_state_dict(codec.decode(tree, lambda ref: ref)))
+        yield from (f"{name}: {why}" for why in thing.check_state_dict(_outline(tree)))
+
+
+def check_sharded(thing: Any, reader: ReadInto, tree: Any, name: str) -> Iterator[str]:
+    """What a Sharded object's own `check_checkpoint_state`, if it has one, says of a checkpoint."""
+    if callable(getattr(thing, "check_checkpoint_state", None)):
+        yield from (f"{name}: {why}" for why in thing.check_checkpoint_state(reader, _outline(tree)))
+
+
+def _outline(tree: Any) -> Any:
+    """A decoded tree with references in the places of its tensors: no bytes are read."""
+    return codec.decode(tree, lambda ref: ref)
 
 
 def _live_state(module: Any) -> dict[str, Any]:

@@ -313,6 +313,7 @@ def _mismatches(
             yield from restoring.differences(
                 layout["objects"][name], json.loads(json.dumps(thing.checkpoint_layout())), name
             )
+            yield from restoring.check_sharded(thing, _Within(opened.reader, f"{name}/"), entry["tree"], name)
         elif kind == "module":
             yield from restoring.check_module(thing, entry["tree"], name)
         elif kind == "optimizer":

@@ -113,17 +113,23 @@ class BatchLoader:
         Raises:
             CheckpointMismatch: it was saved over other tokens, another seq_len or another seed; names each.
         """
+        wrong = list(self.check_state_dict(state))
+        if wrong:
+            raise CheckpointMismatch("; ".join(wrong))
+        self.samples = int(state["samples"])
+
+    def check_state_dict(self, state: dict[str, Any]) -> Iterator[str]:
+        """Why `load_state_dict` would refuse a state; a checkpoint asks before anything is loaded."""
         wrong = [
             f"{key} was {state.get(key)}, is {value}"
             for key, value in self._identity().items()
             if state.get(key) != value
         ]
         if wrong:
-            raise CheckpointMismatch(
+            yield (
                 f"{self.windows.path}: the data position is of other data: {'; '.join(wrong)}; "
                 "use the same token file, seq_len and seed, or start a new run"
             )
-        self.samples = int(state["samples"])
 
     def _identity(self) -> dict[str, Any]:
         windows = self.windows

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cfe_hpc.checkpoints.dtensors import is_dtensor
 from cfe_hpc.checkpoints.protocols import Group
 
 __all__ = ["weights_sha256"]
@@ -21,7 +22,7 @@ def weights_sha256(objects: Mapping[str, Any], group: Group) -> str | None:
 
     Args:
         objects: what is tracked. Those with `consolidated()` give their parameters by it, torch modules by
-            `named_parameters()` of rank 0; others hold no weights.
+            `named_parameters()` of rank 0, FSDP2's shards put together; others hold no weights.
 
     Returns:
         The digest in hexadecimal on rank 0, None on other ranks and where nothing holds weights.
@@ -47,7 +48,16 @@ def _parameters(thing: Any) -> Iterator[tuple[str, Any]] | None:
         return None
     while isinstance(thing, torch.nn.parallel.DistributedDataParallel):
         thing = thing.module
-    return iter(sorted(thing.named_parameters()))
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in thing.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # an evaluation leaves whole parameters in their place, in low precision maybe
+    return ((name, _whole(parameter)) for name, parameter in sorted(thing.named_parameters()))
+
+
+def _whole(parameter: Any) -> Any:
+    """A parameter, or of a DTensor all that its ranks hold. Collective for DTensors."""
+    return parameter.detach().full_tensor() if is_dtensor(parameter) else parameter
 
 
 def _add(digest: Any, name: str, tensor: Any) -> None:
