@@ -9,7 +9,9 @@
     ├── DataError           1  a token file is missing, damaged or of another layout
     └── CheckpointError     1  a checkpoint could not be written or read
         ├── CorruptCheckpoint  a checkpoint is torn, altered, or a shard of it is missing
-        └── CheckpointMismatch a checkpoint is whole, but of another model, variant or layout
+        ├── CheckpointMismatch a checkpoint is whole, but of another model, variant or layout
+        ├── DiskFull           there was no room for a checkpoint
+        └── StagingError       the state cannot be written beside training
 
 Only `cfe_hpc.cli.main` turns an error into an exit code.
 """
@@ -27,10 +29,12 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpoint",
     "DataError",
+    "DiskFull",
     "ImpossibleError",
     "Problem",
     "RunFailed",
     "SchedulerError",
+    "StagingError",
     "UsageError",
 ]
 
@@ -126,3 +130,11 @@ class CorruptCheckpoint(CheckpointError):
 
 class CheckpointMismatch(CheckpointError):
     """A whole checkpoint that belongs to another model, variant, engine or layout; every difference is named."""
+
+
+class DiskFull(CheckpointError):
+    """A checkpoint was not written for want of room: what rotation allows to delete may make it."""
+
+
+class StagingError(CheckpointError):
+    """The state does not fit the memory allowed for staging, or a writer process could not be started."""

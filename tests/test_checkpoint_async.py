@@ -16,12 +16,11 @@ from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_kill import check, kill, start, verified
 from test_checkpoint_store import content, find, small_disk
 
-from cfe_hpc.checkpoints import drafts
-from cfe_hpc.checkpoints.background import Background, StagingError
+from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import Content, newest
-from cfe_hpc.errors import CheckpointError
+from cfe_hpc.errors import CheckpointError, StagingError
 
 KILLS = 24
 
@@ -120,27 +119,27 @@ def test_state_that_grows_gets_more_memory_and_too_much_is_refused(tmp_path: Pat
     assert opened is not None and opened.step == 3
 
 
-def test_a_disk_that_fills_up_fails_the_save_on_all_ranks_and_leaves_nothing(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, make_draft = small_disk / "checkpoints", drafts.make_draft
-    monkeypatch.setattr(drafts, "_MARGIN_BYTES", 0)
+def test_a_disk_that_fills_up_fails_the_save_on_all_ranks_and_leaves_nothing(small_disk: Path) -> None:
+    root = small_disk / "checkpoints"
 
-    def then_fill(*words: Any) -> bytes:
-        token = make_draft(*words)
-        if not (small_disk / "fill").exists() and words[1] == 2:
-            with pytest.raises(OSError, match="No space"), open(small_disk / "fill", "ab", buffering=0) as stream:
-                while True:
-                    stream.write(bytes(4096))
-        return token
-
-    monkeypatch.setattr(drafts, "make_draft", then_fill)
+    def fill_when_rank_0_has_written() -> None:
+        wait_for(lambda: list(root.glob("*.tmp-*/shard-00000.json")), "rank 0's shard")
+        with pytest.raises(OSError, match="No space"), open(small_disk / "fill", "ab", buffering=0) as stream:
+            while True:
+                stream.write(bytes(4096))
 
     def work(group: Any) -> str:
         with saving(root, group) as saves:
             saves.begin(content(1, group), step=1)
             assert saves.finish() is not None
+            writer = saves.writer_pid
+            assert writer is not None
+            if group.rank == 1:
+                os.kill(writer, signal.SIGSTOP)
             saves.begin(content(2, group), step=2)
+            if group.rank == 1:
+                fill_when_rank_0_has_written()
+                os.kill(writer, signal.SIGCONT)
             with pytest.raises(CheckpointError) as failure:
                 saves.finish()
             group.barrier()
@@ -166,8 +165,7 @@ def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Pat
             assert writer is not None
             time.sleep(rng.uniform(0.0, 0.01) if step % 2 else rng.uniform(0.1, 0.3))
             if step % 4 == 3:  # in the middle of a commit, or after it
-                wait_for(lambda: not saves.busy(), "written")
-                saves.advance(busy=False)
+                wait_for(lambda: list(tmp_path.glob("*.tmp-*/shard-00000.json")) or not saves.busy(), "written")
                 time.sleep(rng.uniform(0.0, 0.004))
             os.kill(writer, signal.SIGKILL)
             try:
@@ -178,7 +176,7 @@ def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Pat
                 lost += 1
                 assert "the writer process has ended (signal 9)" in str(error)
             wait_for(lambda writer=writer: gone(writer), "the writer is gone")
-            assert [name for name in os.listdir(tmp_path) if ".tmp-" in name] == []
+            assert [name for name in os.listdir(tmp_path) if ".tmp-" in name and ".trash" not in name] == []
             assert find(tmp_path, SoloGroup()) == (newest_step or None, [])
     assert lost > KILLS // 4
 

@@ -218,6 +218,7 @@ def test_nothing_to_remark(here: Path) -> None:
         ("program-missing", "warning", {"entry": None, "command": ["no-such-program"]}, {}),
         ("signal-at-start", "warning", {**SAVING, "resources": {"time": "170s"}}, {"scheduler": "slurm"}),
         ("no-time-limit", "note", {**SAVING, "resources": {"partition": "open"}}, {"scheduler": "slurm"}),
+        ("overlap-unused", "note", {"checkpoint": {"every": "5m", "overlap": True}}, {}),
         ("staging-unused", "note", {"checkpoint": {"every": "5m", "staging_memory": "1GiB"}}, {}),
         ("local-tier", "error", {"checkpoint": {"every_steps": 10, "async": True, "local": True}}, {}),
         ("not-yet", "warning", {**SAVING, "metrics": {"otlp_endpoint": "http://c:4318"}}, {}),

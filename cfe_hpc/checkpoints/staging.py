@@ -6,16 +6,19 @@ import contextlib
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.memory import move
 
-__all__ = ["Arena", "Chunks", "Source", "Staged"]
+__all__ = ["Arena", "Chunks", "Source", "Staged", "copy_threads"]
 
-_PAGE_BYTES = mmap.PAGESIZE
 _STRIDE_BYTES = 1 << 20
+_STRETCH_BYTES = 8 << 20
+_MAX_THREADS = 4
+"""More than these gain little: memory is what they share."""
 
 
 class Chunks(Protocol):
@@ -31,25 +34,22 @@ class Source:
     """The bytes of one data file before they are written: a header, pieces where the layout puts them, zeros between.
 
     A save that blocks training copies chunk by chunk into the writer's buffers; one that does not copies the whole
-    file at once, into an arena that another process writes out. It is a `Chunks`.
+    file into an arena that another process writes out. It is a `Chunks`.
     """
 
     def __init__(self, header: bytes, placement: Placement, data: Sequence[memoryview]) -> None:
         """`data` has the bytes of each extent of `placement`, in order."""
         self.size_bytes = placement.size_bytes
-        filled = [
-            (extent.offset, view.cast("B")) for extent, view in zip(placement.extents, data, strict=True) if view.nbytes
+        self._header = memoryview(header)
+        self._data = [
+            (extent.offset, view.cast("B") if view.nbytes else view[:0])
+            for extent, view in zip(placement.extents, data, strict=True)
         ]
-        self._spans = [(0, memoryview(header)), *filled]
+        self._spans = [(0, self._header), *((at, view) for at, view in self._data if view.nbytes)]
         self._starts = [start for start, _ in self._spans]
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        self.copy(start, buffer)
-        return buffer
-
-    def copy(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the file's bytes from `start` on."""
-        end, at = start + len(out), start
+        end, at = start + len(buffer), start
         for index in range(max(bisect_right(self._starts, start) - 1, 0), len(self._spans)):
             begin, view = self._spans[index]
             if begin >= end:
@@ -57,20 +57,53 @@ class Source:
             low, high = max(begin, at), min(begin + len(view), end)
             if low >= high:
                 continue
-            out[at - start : low - start] = bytes(low - at)
-            move(out[low - start : high - start], view[low - begin : high - begin])
+            buffer[at - start : low - start] = bytes(low - at)
+            move(buffer[low - start : high - start], view[low - begin : high - begin])
             at = high
-        out[at - start :] = bytes(end - at)
+        buffer[at - start :] = bytes(end - at)
+        return buffer
+
+    def lay_out(self, out: memoryview) -> None:
+        """Write all but the pieces into `out`, of the file's size: the header, and zeros between pieces."""
+        ends = [*self._starts[1:], self.size_bytes]
+        for (begin, view), end in zip(self._spans, ends, strict=True):
+            out[begin + len(view) : end] = bytes(end - begin - len(view))
+        out[: len(self._header)] = self._header
+
+    def copy(self, pieces: Iterable[int], out: memoryview, threads: int = 1) -> None:
+        """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size."""
+        stretches = [
+            (out[at + low : at + min(low + _STRETCH_BYTES, len(view))], view[low : low + _STRETCH_BYTES])
+            for at, view in (self._data[piece] for piece in pieces)
+            for low in range(0, len(view), _STRETCH_BYTES)
+        ]
+        if threads == 1 or len(stretches) < 2:
+            for target, view in stretches:
+                move(target, view)
+            return
+        with ThreadPoolExecutor(threads, "checkpoint-copy") as pool:
+            for done in [pool.submit(move, *stretch) for stretch in stretches]:
+                done.result()
+
+
+def copy_threads() -> int:
+    """Threads that copy while training waits: the cores that this process may use, within reason."""
+    return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
 
 
 class Staged:
-    """A data file that lies in an arena, whole; a `Chunks` that copies nothing."""
+    """A data file that lies in an arena, whole; a `Chunks`.
+
+    Chunks are copied out all the same: shared memory has no huge pages, and a disk takes them so much faster that the
+    copy is paid for (see memory.page_buffer).
+    """
 
     def __init__(self, content: memoryview) -> None:
         self.size_bytes, self._content = len(content), content
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        return self._content[start : start + len(buffer)]
+        move(buffer, self._content[start : start + len(buffer)])
+        return buffer
 
 
 class Arena:
@@ -82,6 +115,11 @@ class Arena:
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("cfe-checkpoint") if fd is None else fd
         self._memory = memoryview(b"")
+
+    @property
+    def size_bytes(self) -> int:
+        """What is reserved, or attached to."""
+        return len(self._memory)
 
     def reserve(self, size_bytes: int) -> None:
         """Have at least `size_bytes`, every page of it there and mapped, so that a copy into it is nothing but a copy.
@@ -100,15 +138,17 @@ class Arena:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, len(self._memory))
             raise
-        mapped = mmap.mmap(self.fd, whole)
-        mapped[::_PAGE_BYTES] = bytes(whole // _PAGE_BYTES)
-        self._memory = memoryview(mapped)
+        self._map(whole)
 
     def view(self, size_bytes: int) -> memoryview:
         """The first `size_bytes`; reserved before, by this process or by the one that made the arena."""
         if size_bytes > len(self._memory):
-            self._memory = memoryview(mmap.mmap(self.fd, os.fstat(self.fd).st_size))
+            self._map(os.fstat(self.fd).st_size)
         return self._memory[:size_bytes]
+
+    def _map(self, size_bytes: int) -> None:
+        mapped = mmap.mmap(self.fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._memory = memoryview(mapped)
 
     def close(self) -> None:
         """Give the memory back, as far as nobody else has it."""

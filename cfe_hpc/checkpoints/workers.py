@@ -31,8 +31,12 @@ class Worker:
         arena: what the writer reads; not to be changed between `ask` and the answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "cfe_hpc.checkpoints.writer") -> None:
+        """`module` is what the process runs."""
         self.arena = Arena()
+        self._module = module
+        self._attached_bytes = 0
+        self._awaited = False
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._answer: dict[str, Any] | None = None
@@ -42,21 +46,21 @@ class Worker:
         """The process id; None while there is no process."""
         return None if self._process is None else self._process.pid
 
-    def start(self) -> bytes:
+    def start(self) -> bool:
         """Start the process, unless it runs.
 
         Returns:
-            Nothing, as bytes: what agree's functions take.
+            Whether it is a new one.
 
         Raises:
             OSError: it cannot be started.
         """
         if self._process is not None:
             if self._process.poll() is None:
-                return b""
+                return False
             self._end()
         link, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [sys.executable, "-m", "cfe_hpc.checkpoints.writer"]
+        words = [sys.executable, "-m", self._module]
         words += [str(number) for number in (its_end.fileno(), self.arena.fd, os.getpid())]
         # A stop signal may reach it before it can ignore it: it inherits that they wait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
@@ -73,18 +77,28 @@ class Worker:
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._link = link
-        return b""
+        self._link, self._attached_bytes, self._awaited = link, 0, False
+        return True
+
+    def attach(self) -> None:
+        """Have the process map all of the arena, at its leisure."""
+        if self.arena.size_bytes > self._attached_bytes:
+            self._attached_bytes = self.arena.size_bytes
+            self.ask({"do": "attach", "size_bytes": self._attached_bytes})
 
     def ask(self, request: Mapping[str, Any]) -> None:
-        """Send a request; its answer must be taken before the next one.
+        """Send a request; the answer to the one before must have been taken, unless nobody asks what it is.
 
-        Raises:
-            OSError: the process has ended.
+        That the process has ended is told by `answer`: it may end at any moment, before this or after.
         """
         assert self._link is not None
-        self._answer = None
-        self._link.send(json.dumps(request).encode())
+        if self._awaited:
+            self._receive(0)
+        self._answer, self._awaited = None, True
+        try:
+            self._link.send(json.dumps(request).encode())
+        except ConnectionError:
+            self._answer, self._awaited = {}, False
 
     def busy(self) -> bool:
         """Whether the answer is still to come."""
@@ -116,6 +130,7 @@ class Worker:
             return
         except ConnectionError:
             self._answer = {}
+        self._awaited = False
 
     def _end(self) -> str:
         """Reap the process, which has ended or has been told to; how it ended."""

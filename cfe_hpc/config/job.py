@@ -96,10 +96,27 @@ class Checkpoint(Strict):
         description='a logged value and its better end, "val_loss:min"',
         examples=['"val_loss:min"'],
     )
+    keep_epochs: bool = Field(
+        False,
+        description="a checkpoint is taken at the end of each epoch (`run.end_epoch`) and kept",
+        examples=["true"],
+    )
+    export_epochs: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="the weights of each of these checkpoints become a safetensors file in exports/ when the run has "
+        "completed, by a job of its own on CPUs; implies `keep_epochs`",
+        examples=['"bf16"'],
+    )
     async_: bool = Field(
         False,
         alias="async",
         description="training waits for a copy in memory only; it is written out while training goes on",
+        examples=["true"],
+    )
+    overlap: bool = Field(
+        False,
+        description="not even for the copy: what only an optimizer's step changes is copied while the next forward and "
+        "backward go on, and that step waits for it; needs `async`",
         examples=["true"],
     )
     staging_memory: SizeBytes | None = Field(

@@ -113,6 +113,12 @@ def _staging_unused(loaded: Loaded, plan: Plan) -> Found:
         yield "note", _problem(loaded, "job.checkpoint.staging_memory", what, remedy, value)
 
 
+def _overlap_unused(loaded: Loaded, plan: Plan) -> Found:
+    if loaded.job.checkpoint.overlap and not loaded.job.checkpoint.async_:
+        what, remedy = "makes asynchronous checkpoints wait less, and these are not", "set async = true"
+        yield "note", _problem(loaded, "job.checkpoint.overlap", what, remedy, True)
+
+
 def _local_tier(loaded: Loaded, plan: Plan) -> Found:
     if loaded.job.checkpoint.local and loaded.site.storage.node_local is None:
         what = "checkpoint.local writes to a folder of each node, and the site names none"
@@ -216,6 +222,7 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "no-checkpoints": _no_checkpoints,
     "kept-seldom": _kept_seldom,
     "staging-unused": _staging_unused,
+    "overlap-unused": _overlap_unused,
     "local-tier": _local_tier,
     "remote-tier": _remote_tier,
     "short-grace": _short_grace,

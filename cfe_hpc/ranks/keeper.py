@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfe_hpc.checkpoints import store, tracked
-from cfe_hpc.checkpoints.background import Background, StagingError
+from cfe_hpc.checkpoints import folders, marks, store, tracked
+from cfe_hpc.checkpoints.agree import first_rank
+from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import Retention, rotate
+from cfe_hpc.checkpoints.rotation import Retention, Rotation, rotate
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, UsageError
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, DiskFull, StagingError, UsageError
 from cfe_hpc.ranks.bootstrap import Place
 from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.weights import weights_sha256
@@ -35,6 +38,7 @@ class Keeper:
     def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, journal: Journal) -> None:
         self._root, self._run_id = folder.checkpoints, spec.run_id
         self._policy, self._place, self._journal = spec.job.checkpoint, place, journal
+        self._rotation = Rotation(self._root, self._policy)
         self._objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._sealed = False
@@ -44,6 +48,9 @@ class Keeper:
         self._background: Background | None = None
         self._reserved = False
         self._late = False
+        self._epoch: int | None = None
+        self._unhook: Callable[[], None] | None = None
+        self._tried_again = False
         self._blocked_seconds = 0.0
 
     def track(self, objects: Mapping[str, Any]) -> None:
@@ -91,6 +98,8 @@ class Keeper:
             self._saved_step = self._resumed_step = opened.step
             seconds = round(time.monotonic() - started_s, 3)
             self._journal.event("resumed", step=opened.step, seconds=seconds)
+        if self._place.group.rank == 0:
+            self._rotation.prepare()
         if self._policy.async_:
             self._start_background()
         self._saved_s = time.monotonic()
@@ -132,6 +141,11 @@ class Keeper:
         Returns:
             Whether training was kept waiting.
         """
+        if self._epoch is not None:  # this very step is meant, not the first that has time
+            self._finish_in_flight()
+            self._mark_epoch(done)
+            self.begin(done)
+            return True
         by_step = self._policy.every_steps is not None and done % self._policy.every_steps == 0
         if due_by_time or by_step or self._late:
             self.begin(done)
@@ -169,15 +183,43 @@ class Keeper:
         Returns:
             Whether a checkpoint of this very step is committed.
         """
+        self._finish_in_flight()
+        self._mark_epoch(done)
+        return self._saved_step == done or self._save(done)
+
+    def end_epoch(self, number: int) -> None:
+        """See Run.end_epoch."""
+        if self._policy.keep_epochs or self._policy.export_epochs is not None:
+            self._epoch = number
+
+    def _finish_in_flight(self) -> None:
         if self._background is not None and self._background.in_flight is not None:
             self._settle(self._background.in_flight, self._background.finish)
-        return self._saved_step == done or self._save(done)
+
+    def _mark_epoch(self, done: int) -> None:
+        """Keep the checkpoint of `done` steps for the epoch that ended there: before rotation can see it."""
+        epoch, self._epoch = self._epoch, None
+        if epoch is None or self._place.group.rank != 0:
+            return
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            marks.put(self._root / folders.step_name(done), "epoch", epoch=epoch)
+        except OSError as error:
+            logger.warning("the checkpoint of epoch %d will not be kept: %s", epoch, error.strerror)
 
     def close(self) -> None:
         """End what writes beside training: this rank saves no more. Not collective."""
         if self._background is not None:
             self._background.close()
             self._background = None
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
+
+    def tidy(self, timeout_s: float) -> None:
+        """Have deleted what rotation took out: nobody comes after a run that has completed. Not collective."""
+        if self._place.group.rank == 0 and not self._rotation.finish(timeout_s):
+            logger.warning("deleted checkpoints still take space in %s; `checkpoints prune` frees it", self._root)
 
     def _save(self, done: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Write the checkpoint from this very process, and rotate old ones away."""
@@ -194,21 +236,42 @@ class Keeper:
                 metrics=metrics,
             )
         except CheckpointError as error:
-            self._failed(done, error)
-            return False
+            return self._failed(done, error) and self._save(done, metrics)
         self._saved(info, blocked_seconds=info.seconds)
         self._saved_s = time.monotonic()
         if group.rank == 0:
-            rotate(self._root, self._policy, protect=self._protected())
+            self._rotation.rotate(protect=self._protected())
         return True
 
-    def _failed(self, step: int, error: CheckpointError) -> None:
+    def _failed(self, step: int, error: CheckpointError) -> bool:
+        """Tell of a save that failed, the same on every rank; whether there is room now to try once more. Collective.
+
+        What rotation would have deleted after it makes room for it; the newest checkpoint always stays.
+        """
         self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
-        logger.warning("checkpoint of step %d failed: %s", step, error)
-        self._journal.event("checkpoint_failed", step=step, reason="save", detail=str(error))
+        freed: list[int] = []
+        if isinstance(error, DiskFull) and not self._tried_again:
+            freed = json.loads(first_rank(self._place.group, lambda: json.dumps(self._make_room()).encode()))
+        self._tried_again = bool(freed)
+        if freed:
+            detail = f"{error}; deleted step {', '.join(map(str, freed))}, trying once more"
+            logger.warning("checkpoint of step %d: %s", step, detail)
+            self._journal.event("degraded", step=step, reason="checkpoint_disk_full", detail=detail)
+        else:
+            logger.warning("checkpoint of step %d failed: %s", step, error)
+            self._journal.event("checkpoint_failed", step=step, reason="save", detail=str(error))
+        return bool(freed)
+
+    def _make_room(self) -> list[int]:
+        policy = Retention(
+            keep_last=max(self._policy.keep_last - 1, 1),
+            keep_every_steps=self._policy.keep_every_steps,
+            keep_best=self._policy.keep_best,
+        )
+        return rotate(self._root, policy, protect=self._protected())
 
     def _saved(self, info: store.CheckpointInfo, blocked_seconds: float) -> None:
-        self._saved_step = info.step
+        self._saved_step, self._tried_again = info.step, False
         figures = {"checkpoint_seconds": blocked_seconds, "checkpoint_bytes": float(info.size_bytes)}
         self._journal.publish(figures, step=info.step)
         self._journal.event("checkpoint_saved", step=info.step, seconds=round(info.seconds, 3), detail=info.path.name)
@@ -229,8 +292,12 @@ class Keeper:
                 keep_best=self._policy.keep_best,
             ),
             protect=sorted(self._protected()),
+            address=self._place.meeting.address,
+            overlap=self._policy.overlap,
         )
         self._background = background
+        if self._policy.overlap and "torch" in sys.modules:
+            self._unhook = _before_any_step(background.settle)
         try:
             background.start()
         except StagingError as error:
@@ -256,7 +323,7 @@ class Keeper:
             self._give_up(error)
             self._save(done, metrics)
         except CheckpointError as error:
-            self._failed(done, error)
+            self._late = self._failed(done, error) or self._late
         self._saved_s = time.monotonic()
         self._blocked_seconds = self._saved_s - began_s
 
@@ -271,7 +338,7 @@ class Keeper:
         try:
             info = act()
         except CheckpointError as error:
-            self._failed(step, error)
+            self._late = self._failed(step, error) or self._late
             return
         if info is not None:
             self._saved(info, blocked_seconds=self._blocked_seconds)
@@ -279,3 +346,13 @@ class Keeper:
     def weights_sha256(self) -> str | None:
         """The digest of everything tracked that holds weights; see ranks.weights. Collective."""
         return weights_sha256(self._objects, self._place.group)
+
+
+def _before_any_step(act: Callable[[], None]) -> Callable[[], None]:
+    """Call `act` before every step of a torch optimizer, those inside DeepSpeed's included; returns what ends that."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+        act()
+
+    return register_optimizer_step_pre_hook(hook).remove

@@ -1,0 +1,112 @@
+"""How the writer of rank 0 hears from the others that their shards are written: over a connection from each.
+
+Training has no part in it, so that a checkpoint is committed while a step goes on. It works over nodes that share no
+more than the filesystem and a network; no folder is polled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+
+from cfe_hpc.checkpoints.agree import raised
+from cfe_hpc.checkpoints.links import greet, let_in, receive, send
+from cfe_hpc.errors import CheckpointError
+
+__all__ = ["Hub", "Spoke"]
+
+_GREETING_S = 10.0
+_LIMIT_BYTES = 1 << 16
+
+
+class Hub:
+    """The end of rank 0's writer.
+
+    Attributes:
+        port: where it listens.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        """Listen, on every address of this node. Raises OSError."""
+        self._secret = secret
+        self._news = threading.Condition()
+        self._links: dict[int, socket.socket] = {}
+        self._said: dict[tuple[str, int], dict[str, str]] = {}
+        self._listener = socket.create_server(("", 0), backlog=1024)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, name="checkpoint-hub", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            link, _ = self._listener.accept()
+            threading.Thread(target=self._listen, args=(link,), name="checkpoint-hub", daemon=True).start()
+
+    def _listen(self, link: socket.socket) -> None:
+        """Hear everything that one writer says, until it ends."""
+        with link, contextlib.suppress(OSError, EOFError, CheckpointError):
+            link.settimeout(_GREETING_S)
+            if not let_in(link, self._secret):
+                return
+            link.settimeout(None)
+            rank = int(receive(link, _LIMIT_BYTES))
+            with self._news:
+                self._links[rank] = link
+            send(link, b"")
+            try:
+                while True:
+                    said = json.loads(receive(link, _LIMIT_BYTES))
+                    with self._news:
+                        self._said[said.pop("token"), rank] = said
+                        self._news.notify()
+            finally:
+                with self._news:
+                    if self._links.get(rank) is link:  # and not that of the process that came after it
+                        del self._links[rank]
+                    self._news.notify()
+
+    def gather(self, token: str, mine: str, size: int) -> list[bytes]:
+        """What each rank's writer says of the save of `token`, by rank; `mine` is rank 0's. One save at a time.
+
+        Raises:
+            CheckpointError: a writer has failed, or has ended before it said so.
+        """
+        with self._news:
+            self._said[token, 0] = {"facts": mine}
+            while any((token, rank) not in self._said for rank in range(size)):
+                self._refuse_failed(token, size)
+                self._news.wait()
+            self._refuse_failed(token, size)
+            facts = [self._said[token, rank]["facts"].encode() for rank in range(size)]
+            self._said.clear()
+        return facts
+
+    def _refuse_failed(self, token: str, size: int) -> None:
+        for rank in range(size):
+            said = self._said.get((token, rank))
+            if said is None and rank not in self._links:
+                said = {"failed": "its writer process has ended", "kind": CheckpointError.__name__}
+            if said is not None and "failed" in said:
+                raise raised(said["kind"], f"rank {rank}: {said['failed']}")
+
+
+class Spoke:
+    """The end of another rank's writer."""
+
+    def __init__(self, address: tuple[str, int], secret: bytes, rank: int) -> None:
+        """Connect. Raises OSError, EOFError, CheckpointError."""
+        self._link = socket.create_connection(address, timeout=_GREETING_S)
+        self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        greet(self._link, secret)
+        self._link.settimeout(None)
+        send(self._link, str(rank).encode())
+        receive(self._link, 0)  # it knows
+
+    def say(self, token: str, **what: str) -> None:
+        """Tell rank 0's writer `facts`, or why this rank has `failed` and the `kind` of error. Raises OSError."""
+        send(self._link, json.dumps({"token": token, **what}).encode())
+
+    def close(self) -> None:
+        """Hang up."""
+        self._link.close()
