@@ -216,13 +216,13 @@ def originals(rank: int, engines: tuple[str, ...], root: str, more: int) -> dict
     return results
 
 
-def resumed(rank: int, pairs: list[tuple[str, int]], root: str, more: int) -> dict[tuple[str, int], dict[str, Any]]:
-    """For each (engine, ranks that saved): other weights, the checkpoint, and `more` steps."""
+def resumed(rank: int, wanted: list[tuple[str, int, int]], root: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """For each (engine, ranks that saved, more steps): other weights, the checkpoint, and so many steps."""
     from cfe_hpc.checkpoints.store import resume
     from cfe_hpc.checkpoints.tracked import restore
 
     results, group = {}, GlooGroup()
-    for engine, saved_by in pairs:
+    for engine, saved_by, more in wanted:
         training = Training(engine, seed=2)
         opened = resume(
             Path(root, f"{engine}-{saved_by}"),

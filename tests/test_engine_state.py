@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from train_ranks import load_sharded, on_ranks, save_sharded
 
-from cfe_hpc.errors import CheckpointError, CheckpointMismatch
+from cfe_hpc.checkpoints.reader import Opened
+from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 
 
 def user_engine(*, width: int = 6, scheduler: bool = False, prepare: Any = None, **config: Any) -> Any:
@@ -101,6 +102,36 @@ def another_model(rank: int, root: str) -> None:
 
 def test_another_model_is_refused_before_anything_changes(tmp_path: Path) -> None:
     on_ranks(1, another_model, str(tmp_path))
+
+
+def one_rank_meets_altered_bytes(rank: int, root: str) -> str:
+    """Rank 1's own part of the state is altered on the disk; the messages of both ranks."""
+    import torch
+
+    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+
+    engine = user_engine(zero_optimization={"stage": 3})
+    train(engine, 1)
+    save_sharded(Path(root), DeepSpeedState(engine), step=1)
+    torch.distributed.barrier()
+    if rank == 1:
+        with open(Path(root, "step-000000001", "shard-00001.bin"), "r+b") as stream:
+            stream.seek(4096)
+            byte = stream.read(1)[0]
+            stream.seek(4096)
+            stream.write(bytes([byte ^ 1]))
+    torch.distributed.barrier()
+    opened = Opened.at(Path(root, "step-000000001"))
+    with pytest.raises(CorruptCheckpoint) as caught:
+        DeepSpeedState(engine).load_checkpoint_state(opened.reader, opened.state(rank))
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_altered_bytes_that_one_rank_meets_are_told_by_all(tmp_path: Path) -> None:
+    first, second = on_ranks(2, one_rank_meets_altered_bytes, str(tmp_path))
+    assert first == second
+    assert first.startswith("rank 1: shard-00001.bin")
 
 
 REFUSED: dict[str, dict[str, Any]] = {
