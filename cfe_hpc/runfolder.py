@@ -7,6 +7,7 @@
     events.ndjson       what happened, in order
     heartbeat.ndjson    one line a logged step, from rank 0
     checkpoints/        step-000000400/ …
+    exports/            weights of epochs' ends, for other programs
     result.json         how it ended
     control/            requests and promises between processes; each a small file, written once
 """
@@ -108,6 +109,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def export_script(self) -> Path:
+        return self.path / "export.sh"
 
     @property
     def control(self) -> Path:

@@ -64,6 +64,11 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+def names(folder: RunFolder) -> list[str]:
+    """Of the checkpoints that are there."""
+    return sorted(path.name for path in folder.checkpoints.iterdir() if path.is_dir())
+
+
 def test_ls_shows_the_newest_first_and_what_is_unusable(folder: RunFolder, capsys) -> None:
     (folder.checkpoints / "step-000000003" / "shard-00001.bin").unlink()
     code, out, _ = call(capsys, "ls", folder.path)
@@ -96,13 +101,15 @@ def test_verify_reads_every_byte(folder: RunFolder, capsys) -> None:
 def test_prune_keeps_what_the_job_keeps_and_the_newest_that_verifies(folder: RunFolder, capsys) -> None:
     flip(folder.checkpoints / "step-000000004" / "shard-00000.bin", 5000)
     folder.append_event("resumed", attempt=1, step=1)
-    assert document(capsys, "prune", folder.path, "--dry-run") == {"deleted": [], "superfluous": []}
+    kept = {"1": ["resumed"], "2": ["best"], "3": ["newest verified"], "4": ["last"]}
+    assert document(capsys, "prune", folder.path, "--dry-run") == {"deleted": [], "superfluous": [], "kept": kept}
     folder.append_event("resumed", attempt=2, step=3)
     code, out, _ = call(capsys, "prune", folder.path)
-    assert (code, out) == (0, "deleted step 1\n")
-    left = sorted(path.name for path in folder.checkpoints.iterdir())
-    assert left == ["step-000000002", "step-000000003", "step-000000004"]
-    assert document(capsys, "prune", folder.path, "--keep-best", "loss:max") == {"deleted": [2], "superfluous": [2]}
+    stays = "step 2 stays: best\nstep 3 stays: resumed\nstep 4 stays: last\n"
+    assert (code, out) == (0, f"{stays}deleted step 1\n")
+    assert names(folder) == [f"step-{step:09d}" for step in (2, 3, 4)]
+    found = document(capsys, "prune", folder.path, "--keep-best", "loss:max")
+    assert (found["deleted"], found["superfluous"]) == ([2], [2])
 
 
 def test_export_is_a_safetensors_file(folder: RunFolder, tmp_path: Path, capsys) -> None:

@@ -1,4 +1,5 @@
-"""Consolidated tensors of a checkpoint as one safetensors file. No torch, no numpy, no safetensors."""
+"""Consolidated tensors of a checkpoint as safetensors: one file, or the sharded layout of Hugging Face. No torch, no
+numpy, no safetensors; numbers are rounded by `arithmetic`."""
 
 from __future__ import annotations
 
@@ -7,16 +8,26 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from cfe_hpc.checkpoints.arithmetic import CONVERTED, Arithmetic
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES
 from cfe_hpc.checkpoints.reader import Opened
+from cfe_hpc.checkpoints.weights import Source
 from cfe_hpc.errors import CheckpointError
 from cfe_hpc.files import fsync_dir
 
-__all__ = ["export_safetensors"]
+__all__ = ["DTYPES", "Written", "export_huggingface", "export_safetensors", "size_bytes"]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""What floating-point numbers can be converted to, as users and as torch spell it."""
+
+Progress = Callable[[int], object]
+"""Called with the bytes of each part that has been read."""
 
 _WORDS = {
     "bool": "BOOL",
@@ -39,59 +50,161 @@ _WORDS = {
 }
 
 
-def export_safetensors(opened: Opened, names: Sequence[str], path: Path) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What an export has made.
+
+    Attributes:
+        files: names of the files with tensors.
+        size_bytes: of these files.
+    """
+
+    files: tuple[str, ...]
+    size_bytes: int
+
+
+def size_bytes(sources: Sequence[Source]) -> int:
+    """Bytes that an export reads."""
+    return sum(_bytes_of(*source.describe()) for source in sources)
+
+
+def export_safetensors(
+    opened: Opened, sources: Sequence[Source], path: Path, *, dtype: str | None = None, progress: Progress = int
+) -> Written:
     """Write whole tensors, whichever ranks hold them, to `path`; every byte is checked on its way.
 
-    Returns:
-        The file's size in bytes.
+    Args:
+        dtype: a key of DTYPES: what floating-point numbers of 16 and 32 bits become. As they are when None.
 
     Raises:
-        CheckpointError: a tensor's dtype has no word in safetensors.
+        CheckpointError: a tensor's dtype has no word in safetensors, or there is no numpy to convert with.
         CorruptCheckpoint: bytes are not those that were written.
         OSError: `path` cannot be written. It is then, as in the cases above, as it was.
     """
-    head = _head(opened, names)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(aside, "xb") as stream:
-            stream.write(head)
-            for name in names:
-                _copy(opened, name, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            size_bytes = stream.tell()
+        with Arithmetic() as arithmetic:
+            size = _write(opened, sources, aside, dtype, arithmetic, progress)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
     fsync_dir(path.parent)
-    return size_bytes
+    return Written(files=(path.name,), size_bytes=size)
 
 
-def _head(opened: Opened, names: Sequence[str]) -> bytes:
+def export_huggingface(
+    opened: Opened,
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    shard_bytes: int,
+    dtype: str | None = None,
+    progress: Progress = int,
+) -> Written:
+    """Write a new folder that `from_pretrained` reads: model.safetensors, or when that would be larger than
+    `shard_bytes` model-00001-of-0000N.safetensors … and model.safetensors.index.json.
+
+    Args:
+        folder: must not be there, or be empty.
+        shard_bytes: most bytes of tensors in a file; a tensor that is larger has one of its own.
+
+    Raises:
+        CheckpointError, CorruptCheckpoint: as `export_safetensors`.
+        OSError: the folder cannot be written. There is none then, in the cases above, too.
+    """
+    shards = list(_divide(sources, shard_bytes, dtype))
+    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    aside.mkdir()
+    try:
+        with Arithmetic() as arithmetic:
+            sizes = [
+                _write(opened, shard, aside / name, dtype, arithmetic, progress)
+                for name, shard in zip(names, shards, strict=True)
+            ]
+        if len(shards) > 1:
+            total = sum(_bytes_of(*_target(source, dtype)) for source in sources)
+            located = {source.name: name for name, shard in zip(names, shards, strict=True) for source in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": located}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        fsync_dir(aside)
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    fsync_dir(folder.parent)
+    return Written(files=tuple(names), size_bytes=sum(sizes))
+
+
+def _divide(sources: Sequence[Source], shard_bytes: int, dtype: str | None) -> Iterator[list[Source]]:
+    shard: list[Source] = []
+    held = 0
+    for source in sources:
+        needed = _bytes_of(*_target(source, dtype))
+        if shard and held + needed > shard_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(source)
+        held += needed
+    yield shard
+
+
+def _bytes_of(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+def _target(source: Source, dtype: str | None) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape) of a tensor in the file."""
+    own, shape = source.describe()
+    return (DTYPES[dtype] if dtype is not None and own in CONVERTED else own), shape
+
+
+def _write(
+    opened: Opened,
+    sources: Sequence[Source],
+    path: Path,
+    dtype: str | None,
+    arithmetic: Arithmetic,
+    progress: Progress,
+) -> int:
+    """Write a new file; its size."""
+    with open(path, "xb") as stream:
+        stream.write(_head(opened, sources, dtype))
+        for source in sources:
+            _copy(source, _target(source, dtype)[0], stream, arithmetic, progress)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return stream.tell()
+
+
+def _head(opened: Opened, sources: Sequence[Source], dtype: str | None) -> bytes:
     identity = opened.manifest.identity
-    entries: dict[str, object] = {
-        "__metadata__": {"run_id": identity.run_id, "step": str(identity.step), "attempt": str(identity.attempt)}
-    }
+    facts = {"run_id": identity.run_id, "step": str(identity.step), "attempt": str(identity.attempt)}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **facts}}  # transformers asks for the format
     at = 0
-    for name in names:
-        dtype, shape = opened.reader.describe(name)
-        if dtype not in _WORDS:
-            raise CheckpointError(f"tensor {name}: safetensors has no word for {dtype}; leave it out with --only")
-        end = at + math.prod(shape) * DTYPE_BYTES[dtype]
-        entries[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [at, end]}
+    for source in sources:
+        word, shape = _target(source, dtype)
+        if word not in _WORDS:
+            raise CheckpointError(f"tensor {source.name}: safetensors has no word for {word}; leave it out with --only")
+        end = at + _bytes_of(word, shape)
+        entries[source.name] = {"dtype": _WORDS[word], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _copy(opened: Opened, name: str, stream: BinaryIO) -> None:
-    dtype, shape = opened.reader.describe(name)
-    total, step = math.prod(shape), CHUNK_BYTES // DTYPE_BYTES[dtype]
-    buffer = memoryview(bytearray(min(total, step) * DTYPE_BYTES[dtype]))
+def _copy(source: Source, target: str, stream: BinaryIO, arithmetic: Arithmetic, progress: Progress) -> None:
+    dtype, shape = source.describe()
+    total, item_bytes = math.prod(shape), DTYPE_BYTES[dtype]
+    step = CHUNK_BYTES // item_bytes
     for start in range(0, total, step):
-        part = buffer[: min(step, total - start) * DTYPE_BYTES[dtype]]
-        opened.reader.read_into(name, start, part)
-        stream.write(part)
+        count = min(step, total - start)
+        part = arithmetic.first[: count * item_bytes]
+        source.reader.read_into(source.stored, start, part)
+        stream.write(part if target == dtype else arithmetic.convert(dtype, target, count))
+        progress(len(part))

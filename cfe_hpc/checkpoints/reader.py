@@ -9,7 +9,7 @@ from typing import Any
 
 from cfe_hpc.checkpoints.folders import step_name
 from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
-from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, data_name, index_name
+from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, ShardIndex, data_name, index_name
 from cfe_hpc.checkpoints.reads import Batch, Chunk, read_all
 from cfe_hpc.checkpoints.shard import num_chunks
 from cfe_hpc.checkpoints.shard_reader import ShardReader, read_index
@@ -111,6 +111,10 @@ class Opened:
     def world_size(self) -> int:
         """Ranks that saved it."""
         return self.manifest.identity.world_size
+
+    def indexes(self) -> list[ShardIndex]:
+        """What each rank saved, and where in its data file."""
+        return [shard.index for shard in self._shards]
 
     @property
     def faults(self) -> list[str]:

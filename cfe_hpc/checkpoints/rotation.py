@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from cfe_hpc.checkpoints.remover import Remover
 from cfe_hpc.errors import CorruptCheckpoint
 
 __all__ = ["Kept", "Policy", "Retention", "Rotation", "glance", "inventory", "reasons", "rotate", "superfluous"]
+
+_log = logging.getLogger(__name__)
 
 
 class Policy(Protocol):
@@ -217,29 +220,29 @@ class Rotation:
 
     def prepare(self) -> None:
         """Read what there is, so that the first `rotate` costs no more than later ones, and finish, in the
-        background, deletions that were cut short.
-
-        Raises:
-            OSError: the folder cannot be listed.
-        """
-        reasons(self._shelf.look(), self._policy, {}, self._shelf.is_whole)
+        background, deletions that were cut short. Failures are logged."""
+        try:
+            reasons(self._shelf.look(), self._policy, {}, self._shelf.is_whole)
+        except OSError as error:
+            _log.warning("%s cannot be listed: %s", self._root, error.strerror)
         self._remover.wake()
 
     def rotate(self, *, protect: Collection[int] = ()) -> list[int]:
         """Take out what the policy does not keep, to be deleted in the background.
 
-        What is not whole is left where it is and counts for nothing. Failures to delete are logged, never raised.
+        What is not whole is left where it is and counts for nothing. Failures are logged, never raised.
 
         Args:
             protect: steps that stay in any case: the one resumed from, the newest one known to verify.
 
         Returns:
             The steps taken out, ascending.
-
-        Raises:
-            OSError: the folder cannot be listed.
         """
-        checkpoints = self._shelf.look()
+        try:
+            checkpoints = self._shelf.look()
+        except OSError as error:
+            _log.warning("%s cannot be listed: %s", self._root, error.strerror)
+            return []
         why = reasons(checkpoints, self._policy, dict.fromkeys(protect, "protected"), self._shelf.is_whole)
         doomed = (each for each in checkpoints if not why[each.step])
         gone = [each for each in doomed if self._shelf.is_whole(each) and folders.take_out(each.path)]
@@ -256,6 +259,7 @@ class Rotation:
         Returns:
             Whether everything is. With no `timeout_s` it is.
         """
+        self._remover.wake()
         return self._remover.finish(timeout_s)
 
 

@@ -15,13 +15,22 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem, SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.exporting import export_script
 from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.queue import queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.launch.task import RankTask
 from cfe_hpc.process import CommandError, run
-from cfe_hpc.ranks.successor import PICKLES, TASK_PICKLE, clean_environment, record_job, send, submit_successor
+from cfe_hpc.ranks.successor import (
+    PICKLES,
+    TASK_PICKLE,
+    clean_environment,
+    record_job,
+    send,
+    send_export,
+    submit_successor,
+)
 from cfe_hpc.runfolder import RunFolder, safe_name
 from cfe_hpc.units import slurm_time
 
@@ -108,14 +117,14 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _batch_log(folder: RunFolder, ending: str) -> str | None:
-    """The batch script's log for #SBATCH, relative to the job's working directory: the run folder. None where the
+def _log(folder: RunFolder, script: str, ending: str) -> str | None:
+    """A script's log for #SBATCH, relative to the job's working directory: the run folder. None where the
     folder's path holds what Slurm (22.05) takes for a pattern, even there: the script then redirects by itself."""
-    return None if re.search(r"[%\\]", str(folder.path)) else f"logs/%j.batch.{ending}"
+    return None if re.search(r"[%\\]", str(folder.path)) else f"logs/%j.{script}.{ending}"
 
 
 def _redirection(folder: RunFolder) -> list[str]:
-    if _batch_log(folder, "out"):
+    if _log(folder, "batch", "out"):
         return []
     return ['exec >>"logs/$SLURM_JOB_ID.batch.out" 2>>"logs/$SLURM_JOB_ID.batch.err"']
 
@@ -126,8 +135,8 @@ def _additional(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     options: dict[str, Any] = {
         "requeue": True,
         "open-mode": "append",
-        "output": _batch_log(folder, "out") or "/dev/null",
-        "error": _batch_log(folder, "err") or "/dev/null",
+        "output": _log(folder, "batch", "out") or "/dev/null",
+        "error": _log(folder, "batch", "err") or "/dev/null",
         "signal": f"{plan.signal}@{plan.signal_lead_s}",
         **({} if plan.time_s is None else {"time": slurm_time(plan.time_s)}),
     }
@@ -174,6 +183,10 @@ class SlurmBackend:
         job = _Executor(spec, folder, options=options).submit(RankTask(str(folder.path)))
         job_id: str = job.job_id
         record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
+        if spec.job.checkpoint.export_epochs is not None:
+            log = [_log(folder, "export", ending) or "/dev/null" for ending in ("out", "err")]
+            write_atomic(folder.export_script, export_script(spec, folder, log=log))
+            send_export(folder, job_id=job_id, environment=clean_environment(os.environ))
         return job_id
 
     def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:

@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Literal
 
 from cfe_hpc import log
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.launch.exporting import export_command
 from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt
 from cfe_hpc.recovery.attempts import KILLED
@@ -198,7 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     command = args.rank_command or [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks", str(folder.path)]
     first_attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0"))
-    return supervise(folder, spec, first_attempt=first_attempt, rank_command=command)
+    code = supervise(folder, spec, first_attempt=first_attempt, rank_command=command)
+    export = export_command(spec, folder)
+    if code == 0 and export is not None:
+        subprocess.run(export, check=False)  # it says in the log what went wrong: the run itself is complete
+    return code
 
 
 if __name__ == "__main__":

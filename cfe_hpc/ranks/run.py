@@ -182,6 +182,14 @@ class Run:
         """
         self._keeper.begin(self._done + int(self._in_body))
 
+    def end_epoch(self, number: int) -> None:
+        """Tell that this step's update was the last of epoch `number`, counted from 0; every rank tells it alike.
+
+        With `checkpoint.keep_epochs` the state at the step's boundary is saved, after a save that is still in flight,
+        and that checkpoint is kept.
+        """
+        self._keeper.end_epoch(number)
+
     def finish(self, metrics: Mapping[str, float] | None = None) -> None:
         """Write the final checkpoint and result.json; called by `steps` at its end. Collective.
 
@@ -197,6 +205,7 @@ class Run:
             self._write_result("COMPLETED", weights_sha256=digest)
             if self.rank == 0:
                 self.folder.append_event("completed", attempt=self.attempt, step=self._done)
+            self._keeper.tidy(timeout_s=60.0)
             self._journal.finished = True
         if metrics and self.rank == 0:
             result = self.folder.result() or {}

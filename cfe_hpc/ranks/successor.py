@@ -7,15 +7,19 @@ holds the folder's path; each job finds it under its own id.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["PICKLES", "TASK_PICKLE", "clean_environment", "record_job", "send", "submit_successor"]
+__all__ = ["PICKLES", "TASK_PICKLE", "clean_environment", "record_job", "send", "send_export", "submit_successor"]
+
+logger = logging.getLogger(__name__)
 
 PICKLES = "submitit"
 """Sub-folder of the run folder with what submitit reads on the nodes."""
@@ -69,8 +73,15 @@ def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence
     Raises:
         SchedulerError: sbatch is missing, refused (in its own words, with what to do), or gave no answer.
     """
+    job_id = _sbatch(folder, folder.submission_script, environment, options)
+    pickles = folder.path / PICKLES
+    os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
+    return job_id
+
+
+def _sbatch(folder: RunFolder, script: Path, environment: Mapping[str, str], options: Sequence[str]) -> str:
     # The folder goes as an argument, not into the script: #SBATCH lines know no way to spell a line break.
-    argv = ["sbatch", "--parsable", f"--chdir={folder.path}", *options, str(folder.submission_script)]
+    argv = ["sbatch", "--parsable", f"--chdir={folder.path}", *options, str(script)]
     try:
         printed = run(argv, timeout_s=_SBATCH_TIMEOUT_S, env=environment).stdout
     except CommandError as error:
@@ -78,10 +89,27 @@ def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence
     match = re.search(r"^(\d+)(;.*)?$", printed.strip().splitlines()[-1] if printed.strip() else "")
     if match is None:
         raise SchedulerError(f"sbatch: printed no job id ({printed.strip()!r}); look for the job with squeue --me")
-    job_id = match.group(1)
-    pickles = folder.path / PICKLES
-    os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
-    return job_id
+    return match.group(1)
+
+
+def send_export(folder: RunFolder, *, job_id: str, environment: Mapping[str, str]) -> str | None:
+    """Send the run folder's export.sh, where there is one, to start when job `job_id` has ended well.
+
+    A requeued job keeps its id. Where a successor takes over, the export that waits for its predecessor is dropped by
+    Slurm when that did not end well, and finds its work half done when it did; the successor has one of its own.
+
+    Returns:
+        The job's id. None when there is nothing to send, or it was refused: that is told, and harms no training.
+    """
+    if not folder.export_script.exists():
+        return None
+    options = [f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes"]
+    try:
+        return _sbatch(folder, folder.export_script, environment, options)
+    except SchedulerError as error:
+        remedy = f"give `cfe-hpc checkpoints export {folder.run_id} --epochs` when the run has completed"
+        logger.warning("epochs will not be exported by themselves: %s; %s", error, remedy)
+        return None
 
 
 def _refusal(error: CommandError) -> SchedulerError:
@@ -117,4 +145,5 @@ def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> st
     options = [f"--dependency=afterany:{job_id}"] if job_id else []
     successor = send(folder, environment=environment, options=options)
     record_job(folder, job_id=successor, scheduler="slurm", attempt_base=next_attempt, after=job_id)
+    send_export(folder, job_id=successor, environment=environment)
     return successor

@@ -62,10 +62,12 @@ def run(run: Run) -> None:
     for step in run.steps(params.steps):
         if evaluations.due is not None:  # before the first step, or cut short by a stop
             evaluate(lambda: run.check_stop(updated=False))
-        rate = rate_at(step, params)
+        rate, epoch = rate_at(step, params), loader.epoch
         logged = (step + 1) % run.spec.job.metrics.every_steps == 0
         loss, norm = train_step(engine, loader, rate, device=device, accumulate=accumulate, mean_loss=logged)
         run.log(loss=loss, grad_norm=norm, lr=rate, tokens=params.global_batch * params.seq_len)
+        if loader.epoch > epoch:
+            run.end_epoch(epoch)
         if evaluations.step_done(step + 1):
             evaluate(run.check_stop)
     if evaluations.due is not None:  # a stop cut the last one short, when all steps were done

@@ -86,3 +86,48 @@ def evaluating(run: Any) -> None:
 
     run.check_stop = slowly
     paced(run)
+
+
+def epochs(run: Any) -> None:
+    """A model of one number, the steps that were done; an epoch ends after each `epoch_steps` of them."""
+    import torch
+
+    model = torch.nn.Module()
+    model.step = torch.nn.Parameter(torch.zeros(()))
+    run.track(model=model)
+    for step in run.steps(run.params["steps"]):
+        with torch.no_grad():
+            model.step.fill_(step + 1)
+        if (step + 1) % run.params["epoch_steps"] == 0:
+            run.end_epoch(step // run.params["epoch_steps"])
+        run.log(loss=1.0)
+
+
+class Bulk:
+    """A state of many bytes, each of them the step's."""
+
+    def __init__(self, size_bytes: int) -> None:
+        # Here, for `counting` needs no numpy.
+        import numpy
+
+        self.values = numpy.zeros(size_bytes, dtype=numpy.uint8)
+        self.total = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values[:] = state["values"]
+        self.total = state["total"]
+
+
+def bulky(run: Any) -> None:
+    """`counting` with a state of `params.state_bytes`; a byte that is not the step's ends the run."""
+    bulk = Bulk(run.params["state_bytes"])
+    run.track(bulk=bulk)
+    for step in run.steps(run.params["steps"]):
+        assert (bulk.values == step % 251).all(), f"step {step}: wrong bytes were loaded"
+        bulk.values.fill((step + 1) % 251)
+        bulk.total += step
+        run.log(total=bulk.total)
+        time.sleep(run.params["pause_s"])
