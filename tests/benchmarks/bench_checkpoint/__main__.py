@@ -10,6 +10,7 @@ rank, what is saved is synced, what is read is not in the page cache.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,11 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_checkpoint import figures, flat, plan, report
-from bench_checkpoint.cluster import ranks
-from bench_checkpoint.rounds import Bench, Progress, available_bytes, folder_in, merged
-
-FLAT_STATE_BYTES = 5_000_000
-FLAT_RANKS = 2
+from bench_checkpoint.rounds import Bench, Progress, available_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +57,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     parser.add_argument("--quick", action="store_true", help="0.2 GB, 2 ranks, 3 rounds")
     parser.add_argument("--flat", action="store_true", help="only: many saves, and many checkpoints in the folder")
-    parser.add_argument("--flat-saves", type=int, default=200, help="of the former; the latter are 500 (%(default)s)")
+    parser.add_argument("--flat-saves", type=int, default=200, help="of the former, 50 steps apart (%(default)s)")
     args = parser.parse_args(argv)
     if args.quick:
         args.sizes, args.ranks, args.rounds = "0.2", "2", 3
@@ -109,27 +106,20 @@ def _check_room(folder: Path, state_bytes: int) -> None:
 
 
 def _flat(folder: Path, saves: int) -> dict[str, Any]:
-    found = {}
-    with ranks(FLAT_RANKS, folder) as members:
-        members.ask("make", state_bytes=FLAT_STATE_BYTES, limits=False)
-        for name, keep, count, steps in (("steps", 3, saves, 50), ("folder", 500, 500, 5)):
-            with folder_in(folder) as root:
-                words = {"keep": keep, "saves": count, "steps_between": steps}
-                answers = members.ask("flat", folder=str(root), timeout_s=900.0, **words)
-                found[name] = words | merged(answers) | {"summary": flat.summary(answers[0])}
-            what = f"{count} saves, {steps} steps apart, {keep} kept"
-            print(what, *(f"  {key:<24} {value:.4f}" for key, value in found[name]["summary"].items()), sep="\n")
+    found = flat.measure(folder, saves)
+    print(f"after {found['steps']['steps']} steps, beside after {flat.EARLY_SAVES}; beside {flat.MANY} checkpoints")
+    for name, value in ((name, value) for part in found.values() for name, value in part.items()):
+        if isinstance(value, float):
+            print(f"  {name:<24} {value:.4f}")
     return {"flat": found}
 
 
 def _machine() -> dict[str, Any]:
-    import torch
-
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         "load": os.getloadavg(),
     }
 

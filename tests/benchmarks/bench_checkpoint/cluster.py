@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +149,3 @@ def _members(leader: int) -> dict[int, bytes]:
             if int(session) == leader and state != "Z":
                 found[int(path.name)] = (path / "cmdline").read_bytes()
     return found
-
-
-@contextlib.contextmanager
-def ranks(size: int, folder: Path) -> Iterator[Ranks]:
-    """Ranks that end with the block."""
-    made = Ranks(size, folder)
-    try:
-        yield made
-    finally:
-        made.close()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from bench_checkpoint import files
 from bench_checkpoint.beside import Training, save_beside
+from bench_checkpoint.flat import Saves
 from bench_checkpoint.limits import Limits
 from bench_checkpoint.ours import OURS
 from bench_checkpoint.peers import PEERS
@@ -41,6 +42,7 @@ class Rank:
         self._state: Any = None
         self._limits: Limits | None = None
         self._ways: dict[str, Way] = {}
+        self._small: Saves | None = None
         self._mesh: Any = None
 
     def calibrate(self, step_s: float) -> dict[str, float]:
@@ -145,11 +147,17 @@ class Rank:
 
         return save_decoupled(self._state, Path(folder))
 
-    def flat(self, folder: str, keep: int, saves: int, steps_between: int) -> dict[str, Any]:
-        """Many small saves, one after the other."""
-        from bench_checkpoint.flat import many_saves
+    def start_small(self, keep: int) -> dict[str, Any]:
+        """Begin a series of small asynchronous saves, of which `keep` stay."""
+        if self._small is not None:
+            self._small.close()
+        self._small = Saves(self._state, self._place.group, keep)
+        return {}
 
-        return many_saves(self._state, self._place, Path(folder), keep, saves, steps_between)
+    def save_small(self, folder: str, saves: int, steps_between: int) -> dict[str, Any]:
+        """Go on with the series."""
+        assert self._small is not None
+        return self._small.run(Path(folder), saves, steps_between)
 
     def _way(self, name: str) -> Way:
         if name not in self._ways:
