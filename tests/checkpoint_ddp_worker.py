@@ -54,6 +54,15 @@ def report(content: object, summed_bytes: int, unchanged: list[bool]) -> dict:
     }
 
 
+def own_when_apart(objects: dict, moment: torch.Tensor, group: SocketGroup) -> list[str]:
+    """What each rank saves for itself when one has another number at the end of a moment."""
+    last = moment[-1].clone()
+    moment[-1] = group.rank
+    content = capture(objects, group=group)
+    moment[-1] = last
+    return sorted(piece.name for piece in content.own if piece.name.startswith("optimizer/"))
+
+
 def main(mode: str, folder: Path, rank: int, size: int, links: list[int]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(100 * (mode == "resume") + rank)
@@ -76,9 +85,10 @@ def main(mode: str, folder: Path, rank: int, size: int, links: list[int]) -> Non
         first = opened.step
     for step in range(first, TOTAL):
         if mode == "whole" and step == SAVED:
+            apart = own_when_apart(objects, optimizer.state[net[0].weight]["exp_avg"].view(-1), group)
             counted = Counted()
             content = capture(objects, group=group)
-            told = report(content, counted.size_bytes, [content.unchanged()])
+            told = {"apart": apart, **report(content, counted.size_bytes, [content.unchanged()])}
             save(folder / "checkpoints", content, step=step, attempt=0, run_id="r", group=group)
         x = torch.randn(8, 16) + objects["data"].random.random()
         loss = (model(x) - x).square().mean()

@@ -56,4 +56,5 @@ def look_at(captured: dict[str, Any]) -> None:
     buffers_bytes = 2 * 4096 * 4
     ends_bytes = 3 * 6 * 2 * 4096
     assert captured["summed_bytes"] < buffers_bytes + ends_bytes + 10_000 < captured["written_bytes"]
+    assert captured["apart"] == ["optimizer/state/0/exp_avg"]
     assert captured["unchanged"] == [True, True, False], "a forward and backward change nothing, a step does"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ import pytest
 import torch
 from checkpoint_groups import all_good, run_ranks
 
+from cfe_hpc.checkpoints import landing, tensors
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
+from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, is_trackable, restore
-from cfe_hpc.errors import CheckpointError, CheckpointMismatch
+from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 
 
 class Sampler:
@@ -167,6 +171,145 @@ def test_what_does_not_fit_is_named_in_full_before_anything_changes(tmp_path: Pa
         assert words in text
     assert "groups is" not in text and "\n" not in text
     assert bits(other.model) == before
+
+
+def test_an_optimizer_of_another_class_or_order_is_a_mismatch(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    put(tmp_path, SoloGroup(), {"model": net, "optimizer": torch.optim.AdamW(net.parameters())})
+    with pytest.raises(CheckpointMismatch) as caught:
+        turned = torch.optim.SGD([net[1].weight, net[1].bias, net[0].weight, net[0].bias], lr=0.1)
+        take(tmp_path, SoloGroup(), {"model": net, "optimizer": turned})
+    text = str(caught.value)
+    assert "optimizer: it was saved from AdamW and is SGD" in text
+    assert (
+        "optimizer: parameter 0 of group 0 is model/0.weight float32 [2, 2] in the checkpoint and "
+        "model/1.weight float32 [2, 2] in the job's"
+    ) in text
+
+
+def test_objects_tell_beforehand_what_they_would_refuse(tmp_path: Path) -> None:
+    class Picky(Sampler):
+        def check_state_dict(self, state: dict) -> list[str]:
+            ref = state["weights"]
+            assert (ref.dtype, ref.shape) == ("float32", (3,)), "no tensor is read for this"
+            return [f"position was {state['position']}, is {self.position}"] * (state["position"] != self.position)
+
+    class PickyHalves(Halves):
+        def check_checkpoint_state(self, reader, tree) -> list[str]:
+            return [] if reader.describe("w") == ("float32", (len(self.part),)) and "n" in tree else ["w differs"]
+
+    objects = {"data": Picky(1), "engine": PickyHalves(0, 1), "model": torch.nn.Linear(2, 2)}
+    put(tmp_path, SoloGroup(), objects)
+    take(tmp_path, SoloGroup(), objects)
+    (tmp_path / "step-000000004" / "shard-00000.bin").write_bytes(b"")
+    opened = Opened.at(tmp_path / "step-000000004")
+    others = {"data": Picky(2), "engine": PickyHalves(0, 2), "model": torch.nn.Linear(2, 3)}
+    with pytest.raises(CheckpointMismatch) as caught:
+        restore(opened, others, group=SoloGroup())
+    for words in ("data: position was 100, is 200", "engine: w differs", "model: weight is float32 [2, 2]"):
+        assert words in str(caught.value)
+
+
+def test_a_state_goes_straight_into_the_memory_that_is_there(tmp_path: Path) -> None:
+    training = Training(seed=1)
+    training.step()
+    put(tmp_path, SoloGroup(), training.objects())
+    resumed = Training(seed=2)
+    resumed.step()
+    places = [value.data_ptr() for value in memory_of(resumed)]
+    take(tmp_path, SoloGroup(), resumed.objects())
+    assert [value.data_ptr() for value in memory_of(resumed)] == places
+    assert all(map(torch.equal, memory_of(resumed), memory_of(training)))
+
+
+def memory_of(training: Training) -> list[torch.Tensor]:
+    states = training.optimizer.state.values()
+    return [*training.model.state_dict().values(), *(value for state in states for value in state.values())]
+
+
+def test_scattered_memory_is_filled_by_way_of_small_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return model, optimizer
+
+    model, optimizer = build(1)
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    put(tmp_path, SoloGroup(), {"model": model, "optimizer": optimizer})
+    monkeypatch.setattr(landing, "LANDING_BYTES", 64)
+    resumed, its_optimizer = build(2)
+    take(tmp_path, SoloGroup(), {"model": resumed, "optimizer": its_optimizer})
+    assert not resumed.weight.is_contiguous() and torch.equal(resumed.weight, model.weight)
+    moments = [each.state[each.param_groups[0]["params"][0]]["exp_avg"] for each in (optimizer, its_optimizer)]
+    assert torch.equal(*moments) and moments[0].stride() == moments[1].stride()
+
+
+def test_modules_that_load_in_their_own_way_still_do(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.note = torch.nn.Parameter(torch.zeros(4)), torch.zeros(2)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.note
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.note = state
+
+        def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+            state[prefix + "weight"] = state[prefix + "weight"] * 2
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    model, resumed = Own(), Own()
+    torch.nn.init.ones_(model.weight)
+    model.note = torch.ones(3)  # of another shape than a new one's
+    put(tmp_path, SoloGroup(), {"model": model})
+    take(tmp_path, SoloGroup(), {"model": resumed})
+    assert resumed.weight.tolist() == [2.0] * 4 and resumed.note.tolist() == [1.0] * 3
+
+
+def test_bytes_that_one_rank_finds_altered_are_every_ranks_error(tmp_path: Path) -> None:
+    class Reads(Halves):
+        def load_checkpoint_state(self, reader, tree) -> None:
+            super().load_checkpoint_state(reader, tree)
+            gate.wait(20)  # a collective: whoever left before would leave the other waiting
+
+    gate = threading.Barrier(2)
+    for objects in (lambda rank: {"engine": Reads(rank, 2)}, lambda rank: {"data": Sampler(rank)}):
+        together(lambda rank, group, objects=objects: put(tmp_path, group, objects(rank)))
+        path = tmp_path / "step-000000004" / "shard-00001.bin"
+        content = bytearray(path.read_bytes())
+        content[5000 if "data" not in objects(0) else _offset_of(path, "data/weights")] ^= 1
+        path.write_bytes(content)
+        errors = run_ranks(2, lambda group, objects=objects: _take_whole(tmp_path, group, objects(group.rank)))
+        assert all(isinstance(error, CorruptCheckpoint) for error in errors), errors
+        assert len({str(error) for error in errors}) == 1 and "shard-00001.bin is altered" in str(errors[0])
+
+
+def _take_whole(root: Path, group, objects: dict) -> None:
+    restore(Opened.at(root / "step-000000004"), objects, group=group)
+
+
+def _offset_of(path: Path, name: str) -> int:
+    own = json.loads(path.with_suffix(".json").read_text())["own"]
+    return next(extent["offset"] for extent in own if extent["name"] == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8], ids=str)
+def test_a_sum_on_a_device_tells_tensors_apart(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_SUMMED_BYTES", 64)
+    one = torch.arange(100).remainder(2).to(dtype)
+    sums = {int(tensors._sum_on_device(one))}
+    for index in range(100):
+        other = one.clone()
+        other[index] = 1 - one[index].to(torch.int64)
+        sums.add(int(tensors._sum_on_device(other)))
+        other[index - 1] = other[index - 1].logical_not()
+        sums.add(int(tensors._sum_on_device(other)))
+    assert len(sums) == 201
+    assert int(tensors._sum_on_device(one.clone())) in sums
 
 
 def test_another_dtype_is_a_mismatch(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ class DeepSpeedState:
         landing = Landing(reader, alike=self._engine.zero_optimization_stage() == 0)
 
         def check() -> bytes:
-            self._check_fits(flats, reader, tree)
+            found = list(self.check_checkpoint_state(reader, tree))
+            if found:
+                raise CheckpointMismatch("; ".join(found))
             return b""
 
         def read() -> bytes:
@@ -171,34 +173,37 @@ class DeepSpeedState:
             "scheduler": scheduler() if scheduler else None,
         }
 
-    def _check_fits(self, flats: Sequence[Flat], reader: ReadInto, tree: Any) -> None:
+    def check_checkpoint_state(self, reader: ReadInto, tree: Any) -> Iterator[str]:
+        """Every mismatch between a checkpoint and the engine, as a phrase; no bytes are read."""
         if not isinstance(tree, dict) or tree.get("version") != TREE_VERSION:
-            raise CheckpointMismatch("the checkpoint's state is not of this version of the DeepSpeed adapter")
+            yield "the checkpoint's state is not of this version of the DeepSpeed adapter"
+            return
+        flats, shapes = list(self._flats()), self._shapes()
         ours, theirs = {name for flat in flats for name in flat.names}, set(tree["parameters"])
-        if ours != theirs:
-            differ = ", ".join(sorted(ours ^ theirs)[:5])
-            raise CheckpointMismatch(f"parameters differ between the model and the checkpoint: {differ}")
+        yield from (f"parameter {name} is not in the checkpoint" for name in sorted(ours - theirs))
+        yield from (f"parameter {name} is in the checkpoint, and not in the job's" for name in sorted(theirs - ours))
         if len(tree["groups"]) != len(self._inner.param_groups):
             here, there = len(self._inner.param_groups), len(tree["groups"])
-            raise CheckpointMismatch(f"the optimizer has {here} parameter groups, the checkpoint's had {there}")
-        for name, shape in self._shapes().items():
+            yield f"the optimizer has {here} parameter groups, the checkpoint's had {there}"
+        for name in sorted(shapes.keys() & theirs):
             _, saved = reader.describe(f"master/{name}")
-            if tuple(saved) != shape:
-                raise CheckpointMismatch(f"parameter {name} is {list(shape)}, in the checkpoint {list(saved)}")
+            if tuple(saved) != shapes[name]:
+                yield f"parameter {name} is {list(shapes[name])}, in the checkpoint {list(saved)}"
         for flat in flats:
-            self._check_flat(flat, reader, tree["parameters"])
+            if theirs.issuperset(flat.names):
+                yield from self._flat_mismatches(flat, reader, tree["parameters"])
 
-    def _check_flat(self, flat: Flat, reader: ReadInto, parameters: dict[str, Any]) -> None:
+    def _flat_mismatches(self, flat: Flat, reader: ReadInto, parameters: dict[str, Any]) -> Iterator[str]:
         kinds = parameters[flat.names[0]]["moments"]
         if any(parameters[name]["moments"] != kinds for name in flat.names):
-            raise CheckpointMismatch("parameters that share a flat tensor here were not all trained in the checkpoint")
+            yield "parameters that share a flat tensor here were not all trained in the checkpoint"
+            return
         present = {"master": flat.master, **self._moments(flat)}
         for kind, tensor in present.items():
             for name in flat.names if kind == "master" or kind in kinds else ():
                 dtype, _ = reader.describe(f"{kind}/{name}")
                 if dtype != dtype_name(tensor.dtype):
-                    here = dtype_name(tensor.dtype)
-                    raise CheckpointMismatch(f"{kind}/{name} is {dtype} in the checkpoint and {here} here")
+                    yield f"{kind}/{name} is {dtype} in the checkpoint and {dtype_name(tensor.dtype)} here"
 
     def _load_flat(self, flat: Flat, landing: Landing, reader: ReadInto, parameters: dict[str, Any]) -> None:
         saved = parameters[flat.names[0]]
