@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cfe_hpc.checkpoints import folders, marks, remover, rotation
 from cfe_hpc.checkpoints.manifest import FileFacts, Identity, Manifest
 from cfe_hpc.checkpoints.remover import Remover
-from cfe_hpc.checkpoints.rotation import Kept, Rotation, inventory, rotate, superfluous
+from cfe_hpc.checkpoints.rotation import Kept, Rotation, inventory, reasons, rotate
 from cfe_hpc.config.job import Checkpoint
 
 
@@ -185,7 +185,8 @@ def test_what_may_go_is_what_no_reason_keeps(saved, keep_last, every, best, prot
     ]
     everything.sort(key=lambda each: (each.attempt, each.step), reverse=True)
     policy = Checkpoint(keep_last=keep_last, keep_every_steps=every, keep_best=best)
-    gone = {each.step for each in superfluous(everything, policy, protect)}
+    why = reasons(everything, policy, dict.fromkeys(protect, "protected"))
+    gone = {step for step, words in why.items() if not words}
     assert len(everything) - len(gone) >= min(keep_last, len(everything))
     assert everything[0].step not in gone and not gone & protect
     losses = {each.step: each.metrics["loss"] for each in everything if each.metrics["loss"] == each.metrics["loss"]}

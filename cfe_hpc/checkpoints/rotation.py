@@ -18,7 +18,7 @@ from cfe_hpc.checkpoints.reader import read_manifest
 from cfe_hpc.checkpoints.remover import Remover
 from cfe_hpc.errors import CorruptCheckpoint
 
-__all__ = ["Kept", "Policy", "Retention", "Rotation", "glance", "inventory", "reasons", "rotate", "superfluous"]
+__all__ = ["Kept", "Policy", "Retention", "Rotation", "glance", "inventory", "reasons", "rotate"]
 
 _log = logging.getLogger(__name__)
 
@@ -190,12 +190,6 @@ def reasons(
         if each.step in protect:
             found[each.step].append(protect[each.step])
     return found
-
-
-def superfluous(checkpoints: Sequence[Kept], policy: Policy, protect: Collection[int]) -> list[Kept]:
-    """Those that no reason keeps; see `reasons`."""
-    why = reasons(checkpoints, policy, dict.fromkeys(protect, "protected"))
-    return [each for each in checkpoints if not why[each.step]]
 
 
 def _by_rank(checkpoints: Sequence[Kept], rule: str) -> list[Kept]:

@@ -22,11 +22,10 @@ from typing import Any
 
 from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import kind_of, reason
-from cfe_hpc.checkpoints.hub import Hub, Spoke
-from cfe_hpc.checkpoints.manifest import Manifest, ShardIndex, index_name
-from cfe_hpc.checkpoints.rotation import Retention, rotate
+from cfe_hpc.checkpoints.company import Company
+from cfe_hpc.checkpoints.nodewriter import NodeWriter, manifest_of, staged
 from cfe_hpc.checkpoints.staging import Arena, Staged
-from cfe_hpc.runfolder import utc_now
+from cfe_hpc.checkpoints.tidying import Tidying
 
 __all__ = ["HELD_SIGNALS", "MESSAGE_BYTES", "main", "serve"]
 
@@ -45,15 +44,18 @@ _REASON_CHARS = 2000
 
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end. Replaces nothing in this process but signals and priority."""
-    writer = _Writer(Arena(arena_fd))
+    arena, others, tidying = Arena(arena_fd), Company(), Tidying()
+    writer, node = _Writer(arena, others, tidying), NodeWriter(arena, others)
     acts: dict[str, Act] = {
-        "listen": writer.listen,
-        "join": writer.join,
+        "listen": others.listen,
+        "join": others.join,
+        "give_up": others.give_up,
         "attach": writer.attach,
         "write": writer.write,
-        "give_up": writer.give_up,
+        "receive": node.receive,
+        "write_to_node": node.write,
     }
-    serve(socket_fd, parent, acts, nice=_NICE, afterwards=writer.tidy)
+    serve(socket_fd, parent, acts, nice=_NICE, afterwards=tidying.tidy)
 
 
 def serve(
@@ -93,26 +95,10 @@ def _answer(act: Act, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Writer:
-    """What a writer keeps between requests. `hub` is rank 0's, `spoke` another's; a rank that is alone has neither."""
+    """What a writer keeps between requests."""
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._hub: Hub | None = None
-        self._spoke: Spoke | None = None
-        self._to_rotate: Callable[[], None] | None = None
-
-    def listen(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Be there for the other writers, who know `secret`."""
-        if self._hub is None:
-            self._hub = Hub(bytes.fromhex(request["secret"]))
-        return {"port": self._hub.port}
-
-    def join(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Connect to rank 0's writer, anew if need be."""
-        if self._spoke is not None:
-            self._spoke.close()
-        self._spoke = Spoke((request["host"], request["port"]), bytes.fromhex(request["secret"]), request["rank"])
-        return {"joined": True}
+    def __init__(self, arena: Arena, others: Company, tidying: Tidying) -> None:
+        self._arena, self._others, self._tidying = arena, others, tidying
 
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
@@ -124,64 +110,27 @@ class _Writer:
 
         Rank 0's answer comes when the checkpoint is committed, the others' when they are done.
         """
-        data_bytes, index_bytes = request["data_bytes"], request["index_bytes"]
-        content = self._arena.view(data_bytes + index_bytes + request["plan_bytes"])
-        rank, draft = request["rank"], Path(request["draft"])
-        index = ShardIndex.unseal(bytes(content[data_bytes : data_bytes + index_bytes]), index_name(rank))
+        data, index, plan = staged(self._arena, request)
+        rank, draft, token = index.rank, Path(request["draft"]), index.identity.token
         if rank == 0:
             drafts.claim(draft, request["needed_bytes"])
         else:
             draft.parent.mkdir(exist_ok=True)  # whichever rank comes first; and see `claim`
             draft.mkdir(exist_ok=True)
-        source = Staged(content[:data_bytes])
+        source = Staged(data)
         if rank == 0:
             facts = drafts.write_shard(draft, index, source).decode()
-            return self._commit(draft, index, facts, json.loads(bytes(content[data_bytes + index_bytes :])))
+            manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))
+            drafts.commit(draft.parent, draft, manifest)
+            self._tidying.due(draft.parent, plan["policy"], plan["protect"])
+            return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
         try:
             facts = drafts.write_shard(draft, index, source).decode()
         except Exception as error:
-            self.give_up({"token": index.identity.token, "why": reason(error), "kind": kind_of(error)})
+            self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
             raise
-        self._say(index.identity.token, facts=facts)
+        self._others.say(token, facts=facts)
         return {"written": True}
-
-    def give_up(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Tell rank 0's writer that this rank has no shard of a save, and `why`: a `kind_of` error."""
-        self._say(request["token"], failed=request["why"][:_REASON_CHARS], kind=request["kind"])
-        return {"told": True}
-
-    def _say(self, token: str, **what: str) -> None:
-        if self._spoke is not None:
-            with contextlib.suppress(OSError):  # rank 0's writer has ended, as its rank will notice
-                self._spoke.say(token, **what)
-
-    def _commit(self, draft: Path, index: ShardIndex, mine: str, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """Wait for the other shards, and make the draft count. `plan` is what background's `_plan` returns."""
-        identity, root = index.identity, draft.parent
-        facts = [mine.encode()] if self._hub is None else self._hub.gather(identity.token, mine, identity.world_size)
-        manifest = Manifest(
-            identity=identity,
-            time=utc_now(),
-            layout=plan["layout"],
-            metrics={name: float(value) for name, value in plan["metrics"].items()},
-            files=drafts.files(facts),
-        )
-        drafts.commit(root, draft, manifest)
-        self._to_rotate = lambda: _rotate(root, plan["policy"], plan["protect"])
-        return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
-
-    def tidy(self) -> None:
-        """Rotate older checkpoints away after a commit."""
-        if self._to_rotate is not None:
-            self._to_rotate()
-            self._to_rotate = None
-
-
-def _rotate(root: Path, policy: Mapping[str, Any], protect: list[int]) -> None:
-    try:
-        rotate(root, Retention(**policy), protect=protect)
-    except OSError as error:
-        print(f"cfe_hpc: older checkpoints were not deleted: {reason(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
