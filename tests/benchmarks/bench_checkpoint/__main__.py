@@ -110,7 +110,8 @@ def _flat(folder: Path, saves: int) -> dict[str, Any]:
     print(f"after {found['steps']['steps']} steps, beside after {flat.EARLY_SAVES}; beside {flat.MANY} checkpoints")
     for name, value in ((name, value) for part in found.values() for name, value in part.items()):
         if isinstance(value, float):
-            print(f"  {name:<24} {value:.4f}")
+            met = "" if "/" not in name else " met" if value <= flat.AT_MOST else f" more than {flat.AT_MOST}"
+            print(f"  {name:<24} {value:.4f}{met}")
     return {"flat": found}
 
 

@@ -19,6 +19,8 @@ EARLY_SAVES = 10
 STEPS_BETWEEN = 50
 MANY = 500
 PAIRS = 40
+AT_MOST = 1.2
+"""The goal: medians of small saves that sync are not told apart more finely."""
 
 
 class Saves:
