@@ -138,7 +138,7 @@ def alive(mark: str) -> list[int]:
 def phase(root: Path) -> str:
     """How far the save was that a kill cut short."""
     names = os.listdir(root)
-    drafts = [sorted(os.listdir(root / name)) for name in names if ".tmp-" in name]
+    drafts = [sorted(os.listdir(root / name)) for name in names if name.startswith("step-") and ".tmp-" in name]
     if any("manifest.json" in files for files in drafts):
         return "manifest written"
     if any(any(name.endswith(".json") for name in files) for files in drafts):
