@@ -9,29 +9,29 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from cfe_hpc.checkpoints import drafts, folders
-from cfe_hpc.checkpoints.agree import all_ranks, first_rank, raised, reason
+from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
+from cfe_hpc.checkpoints.crew import Crew
+from cfe_hpc.checkpoints.drain import Drain
 from cfe_hpc.checkpoints.layout import Placement, place
-from cfe_hpc.checkpoints.links import SECRET_BYTES
 from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.protocols import Group
-from cfe_hpc.checkpoints.reader import read_manifest
 from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.staging import Source, copy_threads
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
-from cfe_hpc.checkpoints.workers import Worker, WorkerLost
-from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, StagingError
+from cfe_hpc.checkpoints.tiers import NodeTier, bytes_on_node, record
+from cfe_hpc.errors import CheckpointError, StagingError
 from cfe_hpc.units import format_size
 
 __all__ = ["Background"]
@@ -39,6 +39,10 @@ __all__ = ["Background"]
 _EXTENT_BYTES = 256
 _SLACK_BYTES = 1 << 20
 """Estimates of what an index takes beside its names and its state; the latter may grow by a few digits, too."""
+
+
+def _nobody(word: str, detail: str) -> None:
+    del word, detail
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +54,10 @@ class _Flight:
         handing: the thread that completes this rank's copy and asks its writer to write it.
         problem: why this rank's part was never handed over; None while it may yet be, or was.
         torn: whether that is because the state changed while it was copied.
+        request: what the writer was asked.
+        to_nodes: the save goes to the nodes first; taken back when it does not fit there.
+        complete: it is complete on the nodes, and waits for the one before it to arrive.
+        node_bytes: what comes to this node.
     """
 
     identity: Identity
@@ -60,6 +68,10 @@ class _Flight:
     handing: threading.Thread | None = None
     problem: str | None = None
     torn: bool = False
+    request: dict[str, Any] = field(default_factory=dict)
+    to_nodes: bool = False
+    complete: bool = False
+    node_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +85,10 @@ class Background:
         protect: steps that stay in any case.
         address: what the other ranks' nodes reach rank 0's by.
         overlap: copy steady pieces while training goes on; then `settle` must be called before they change.
+        tier: the nodes' own disks, where saves go first; None without them.
+        drain: the way from there to the shared filesystem; None without a tier.
+        on_nodes: the newest step of this attempt that is complete on the nodes.
+        degraded: called on every rank with a word and a line when saves go on, but not as asked for.
     """
 
     root: Path
@@ -84,10 +100,19 @@ class Background:
     protect: list[int] = field(default_factory=list)
     address: str = "127.0.0.1"
     overlap: bool = False
-    _worker: Worker = field(default_factory=Worker, init=False)
+    tier: NodeTier | None = None
+    degraded: Callable[[str, str], None] = _nobody
+    drain: Drain | None = field(default=None, init=False)
+    on_nodes: int | None = field(default=None, init=False)
+    _crew: Crew = field(init=False)
     _flight: _Flight | None = field(default=None, init=False)
-    _met: bool = field(default=False, init=False)
-    _secret: str = field(default_factory=lambda: secrets.token_hex(SECRET_BYTES), init=False)
+    _alone: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._crew = Crew(self.group, self.address, tier=self.tier)
+        if self.tier is not None:
+            drainers = Crew(self.group, self.address, "cfe_hpc.checkpoints.drainer")
+            self.drain = Drain(self.root, self.tier, self.policy, self.protect, self.attempt, drainers)
 
     @property
     def in_flight(self) -> int | None:
@@ -97,7 +122,7 @@ class Background:
     @property
     def writer_pid(self) -> int | None:
         """Process id of this rank's writer; None before the first and after the last."""
-        return self._worker.pid
+        return self._crew.worker.pid
 
     def start(self) -> None:
         """Start the writers: it takes them a moment to be there. Collective.
@@ -105,7 +130,9 @@ class Background:
         Raises:
             StagingError: a rank could not start its own; the same on every rank.
         """
-        all_ranks(self.group, self._start)
+        self._crew.start()
+        if self.drain is not None:
+            self.drain.start()
 
     def reserve(self, content: Content) -> None:
         """Get the memory that a save of `content` takes, ahead of it. Collective; without a save in flight.
@@ -127,14 +154,16 @@ class Background:
         """
         assert self._flight is None
         began_s = monotonic()
-        placement, needed_bytes, token = self._prepare(content)
+        placement, sizes, token = self._prepare(content)
         identity = Identity(
             run_id=self.run_id, step=step, attempt=self.attempt, world_size=self.group.size, token=token
         )
         flight = _Flight(
             identity=identity,
             draft=self.root / folders.draft_name(step, self.attempt, token),
-            needed_bytes=needed_bytes,
+            needed_bytes=sum(size_bytes for _, size_bytes in sizes),
+            to_nodes=self.tier is not None,
+            node_bytes=0 if self.tier is None else bytes_on_node(self.tier, sizes),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
             began_s=began_s,
         )
@@ -154,7 +183,9 @@ class Background:
         flight = self._flight
         if flight is None or flight.handing is None:
             return False
-        return flight.handing.is_alive() or (flight.problem is None and self._worker.busy())
+        if flight.complete:
+            return False
+        return flight.handing.is_alive() or (flight.problem is None and self._crew.worker.busy())
 
     def advance(self, busy: bool) -> CheckpointInfo | None:
         """Take note of the save in flight, if it has come to its end. Collective.
@@ -172,6 +203,9 @@ class Background:
         flight = self._flight
         if flight is None or busy:
             return None
+        if flight.to_nodes:
+            self._advance_on_nodes(flight)
+            return None
         self._flight = None
         try:
             return self._outcome(flight)
@@ -181,53 +215,65 @@ class Background:
                 shutil.rmtree(flight.draft, ignore_errors=True)
             raise
 
+    def _advance_on_nodes(self, flight: _Flight) -> None:
+        """The writers have written to the nodes, or one could not: then all write to the shared filesystem."""
+        assert self.drain is not None
+        if not flight.complete:
+            try:
+                self._complete(flight)
+            except CheckpointError as error:
+                flight.to_nodes = False
+                self.drain.keep(drop=flight.identity)
+                self.degraded("checkpoint_local", str(error))
+                if flight.problem is None:
+                    self._crew.worker.ask(flight.request)
+                return
+        if self.drain.step is None:
+            self._flight = None
+            self.drain.begin(self.group, flight.identity, flight.began_s)
+
+    def _complete(self, flight: _Flight) -> None:
+        """Note that a save is complete on the nodes. Raises CheckpointError: it is not; the same on every rank."""
+
+        def written() -> bytes:
+            if flight.problem is not None:
+                raise CheckpointError(flight.problem)
+            return json.dumps(self._crew.answer("without_partner")).encode()
+
+        without = [json.loads(why) for why in all_ranks(self.group, written)]
+        assert self.tier is not None
+        flight.complete, self.on_nodes = True, flight.identity.step
+        missing = [f"rank {rank}: {why}" for rank, why in enumerate(without) if why is not None]
+        if missing and not self._alone:
+            self.degraded("checkpoint_partner", f"step {flight.identity.step}: {'; '.join(missing)}")
+        self._alone = bool(missing)
+        if self.group.rank == 0:
+            with contextlib.suppress(OSError):  # a full disk is told of when it matters
+                record(self.root, flight.identity.step, self.attempt, "local", self.tier.hosts)
+
     def finish(self) -> CheckpointInfo | None:
-        """Wait for the save in flight, if there is one. Collective; returns and raises as `advance`."""
-        self.settle()
-        if self._flight is not None and self._flight.problem is None:
-            self._worker.wait()
-        return self.advance(busy=False)
+        """Wait for the save in flight, if there is one, to be complete on the nodes, or else durable. Collective.
+
+        Returns and raises as `advance`.
+        """
+        done = None
+        while self._flight is not None and not self._flight.complete:
+            self.settle()
+            if self._flight.problem is None:
+                self._crew.worker.wait()
+            done = self.advance(busy=False)
+        return done
 
     def close(self) -> None:
         """End this rank's writer, whatever it does, and give the memory back."""
         self.settle()
         self._flight = None
-        self._worker.close()
+        self._crew.worker.close()
+        if self.drain is not None:
+            self.drain.close()
 
-    def _start(self) -> bytes:
-        """Start this rank's writer; something where it is a new one."""
-        try:
-            if self._worker.start():
-                self._met = False
-            return b"" if self._met else b"new"
-        except OSError as error:
-            raise StagingError(f"a writer process cannot be started: {reason(error)}") from error
-
-    def _meet(self, started: list[bytes]) -> None:
-        """Connect the other ranks' writers to rank 0's, when any is new. Collective."""
-        if not any(started):
-            return
-
-        def listen() -> bytes:
-            self._worker.ask({"do": "listen", "secret": self._secret})
-            return json.dumps({"host": self.address, "secret": self._secret, "port": self._answer("port")}).encode()
-
-        def join() -> bytes:
-            if self.group.rank != 0:
-                self._worker.ask({"do": "join", "rank": self.group.rank, **meeting})
-                self._answer("joined")
-            return b""
-
-        try:
-            if self.group.size > 1:
-                meeting = json.loads(first_rank(self.group, listen))
-                all_ranks(self.group, join)
-        except CheckpointError as error:
-            raise StagingError(f"writer processes do not reach each other: {error}") from error
-        self._met = True
-
-    def _prepare(self, content: Content) -> tuple[Placement, int, str]:
-        """Where this rank's bytes go, the memory for them being there; bytes of all ranks' parts; a token."""
+    def _prepare(self, content: Content) -> tuple[Placement, list[tuple[int, int]], str]:
+        """Where this rank's bytes go, the memory for them being there; each rank's node and bytes; a token."""
         placements: list[Placement] = []
 
         def ready() -> bytes:
@@ -236,12 +282,15 @@ class Background:
             size_bytes = placements[0].size_bytes + state_bytes
             index_bytes = sum(len(extent.name) + _EXTENT_BYTES for extent in placements[0].extents)
             self._fit(size_bytes + index_bytes + _SLACK_BYTES)
-            return json.dumps([size_bytes, self._start().decode(), drafts.new_token()]).encode()
+            node, new = (0 if self.tier is None else self.tier.node), self._crew.started().decode()
+            return json.dumps([node, size_bytes, new, drafts.new_token()]).encode()
 
         ranks = [json.loads(found) for found in all_ranks(self.group, ready)]
-        self._meet([new.encode() for _, new, _ in ranks])
-        self._worker.attach()
-        return placements[0], sum(size_bytes for size_bytes, _, _ in ranks), ranks[0][2]
+        self._crew.meet([new.encode() for _, _, new, _ in ranks])
+        if self.drain is not None:
+            self.drain.meet()
+        self._crew.worker.attach()
+        return placements[0], [(node, size_bytes) for node, size_bytes, _, _ in ranks], ranks[0][3]
 
     def _fit(self, size_bytes: int) -> None:
         if self.limit_bytes is not None and size_bytes > self.limit_bytes:
@@ -250,7 +299,7 @@ class Background:
                 f"{format_size(self.limit_bytes)}"
             )
         try:
-            self._worker.arena.reserve(size_bytes)
+            self._crew.worker.arena.reserve(size_bytes)
         except OSError as error:
             raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
@@ -258,7 +307,7 @@ class Background:
         """Copy what must be copied now, and leave the rest to a thread that then asks the writer to write it all."""
         pieces = [*content.pieces, *content.own]
         source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
-        staged = self._worker.arena.view(placement.size_bytes)
+        staged = self._crew.worker.arena.view(placement.size_bytes)
         later = [at for at, piece in enumerate(pieces) if piece.steady and self.overlap]
         now = [at for at, piece in enumerate(pieces) if not (piece.steady and self.overlap)]
         source.copy(now, staged, copy_threads())
@@ -289,19 +338,30 @@ class Background:
         sealed, plan = index.seal(), json.dumps(self._plan(flight, content)).encode()
         data_bytes = placement.size_bytes
         behind = sealed + plan if rank == 0 else sealed
-        self._worker.arena.reserve(data_bytes + len(behind))
-        self._worker.arena.view(data_bytes + len(behind))[data_bytes:] = behind
-        self._worker.ask(
-            {
-                "do": "write",
-                "draft": str(flight.draft),
-                "rank": rank,
-                "data_bytes": data_bytes,
-                "index_bytes": len(sealed),
-                "plan_bytes": len(behind) - len(sealed),
-                "needed_bytes": flight.needed_bytes,
-            }
-        )
+        self._crew.worker.arena.reserve(data_bytes + len(behind))
+        self._crew.worker.arena.view(data_bytes + len(behind))[data_bytes:] = behind
+        flight.request = {
+            "do": "write",
+            "draft": str(flight.draft),
+            "rank": rank,
+            "data_bytes": data_bytes,
+            "index_bytes": len(sealed),
+            "plan_bytes": len(behind) - len(sealed),
+            "needed_bytes": flight.needed_bytes,
+        }
+        self._crew.worker.ask({**flight.request, **self._to_node(flight)} if flight.to_nodes else flight.request)
+
+    def _to_node(self, flight: _Flight) -> dict[str, Any]:
+        """What is different in the request of a save that goes to the nodes first."""
+        assert self.tier is not None
+        return {
+            "do": "write_to_node",
+            "home": str(self.tier.home),
+            "leads": self.tier.local_rank == 0,
+            "node_bytes": flight.node_bytes,
+            "limit_bytes": self.tier.limit_bytes,
+            "partner": self._crew.partner,
+        }
 
     def _plan(self, flight: _Flight, content: Content) -> dict[str, Any]:
         """What rank 0's writer needs to commit: what the manifest says, and what stays."""
@@ -316,7 +376,7 @@ class Background:
         """This rank has nothing to write: rank 0's writer is told, so that it does not wait."""
         flight.problem = problem
         try:
-            self._worker.ask(
+            self._crew.worker.ask(
                 {"do": "give_up", "token": flight.identity.token, "why": problem, "kind": CheckpointError.__name__}
             )
         except OSError:
@@ -329,30 +389,7 @@ class Background:
         def committed() -> bytes:
             if flight.problem is not None:
                 raise CheckpointError(flight.problem)
-            return self._committed(flight, path)
+            return self._crew.committed(flight.identity, flight.draft, flight.began_s)
 
         seconds, size_bytes = json.loads(first_rank(self.group, committed))
         return CheckpointInfo(path=path, step=flight.identity.step, size_bytes=size_bytes, seconds=seconds)
-
-    def _committed(self, flight: _Flight, path: Path) -> bytes:
-        """When rank 0's writer had it committed, in seconds since it began, and its size."""
-        try:
-            seconds, size_bytes = self._answer("durable_s") - flight.began_s, self._answer("size_bytes")
-        except WorkerLost:
-            # It was killed at some moment of the commit: what lies there tells which.
-            if flight.draft.exists():
-                folders.settle(flight.draft, path)
-            try:
-                manifest = read_manifest(path)
-            except CorruptCheckpoint:
-                manifest = None
-            if manifest is None or manifest.identity != flight.identity:
-                raise
-            seconds, size_bytes = monotonic() - flight.began_s, manifest.size_bytes
-        return json.dumps([seconds, size_bytes]).encode()
-
-    def _answer(self, key: str) -> Any:
-        answer = self._worker.answer()
-        if "failed" in answer:
-            raise raised(answer["kind"], answer["failed"])
-        return answer[key]

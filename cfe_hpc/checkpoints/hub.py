@@ -19,6 +19,13 @@ __all__ = ["Hub", "Spoke"]
 
 _GREETING_S = 10.0
 _LIMIT_BYTES = 1 << 16
+_TOLD_LIMIT_BYTES = 1 << 28
+"""A manifest has two files for each rank."""
+
+
+def _save(token: str) -> str:
+    """The token of a save whose stage `token` may be: its first word. A save may go on when a stage has failed."""
+    return token.split()[0]
 
 
 class Hub:
@@ -69,6 +76,8 @@ class Hub:
     def gather(self, token: str, mine: str, size: int) -> list[bytes]:
         """What each rank's writer says of the save of `token`, by rank; `mine` is rank 0's. One save at a time.
 
+        A stage of a save is told by a token of its own: that of the save, and another word.
+
         Raises:
             CheckpointError: a writer has failed, or has ended before it said so.
         """
@@ -82,9 +91,18 @@ class Hub:
             self._said.clear()
         return facts
 
+    def tell(self, token: str, **what: str) -> None:
+        """Tell every other writer something of the save of `token`."""
+        content = json.dumps({"token": token, **what}).encode()
+        with self._news:
+            links = list(self._links.values())
+        for link in links:
+            with contextlib.suppress(OSError):  # it has ended: its rank notices
+                send(link, content)
+
     def _refuse_failed(self, token: str, size: int) -> None:
         for rank in range(size):
-            said = self._said.get((token, rank))
+            said = self._said.get((token, rank)) or self._said.get((_save(token), rank))
             if said is None and rank not in self._links:
                 said = {"failed": "its writer process has ended", "kind": CheckpointError.__name__}
             if said is not None and "failed" in said:
@@ -106,6 +124,22 @@ class Spoke:
     def say(self, token: str, **what: str) -> None:
         """Tell rank 0's writer `facts`, or why this rank has `failed` and the `kind` of error. Raises OSError."""
         send(self._link, json.dumps({"token": token, **what}).encode())
+
+    def hear(self, token: str) -> dict[str, str]:
+        """What rank 0's writer tells of the save of `token`, waited for; what it told of others is passed over.
+
+        Raises:
+            CheckpointError: the save has failed there, or the writer has ended.
+        """
+        while True:
+            try:
+                told = json.loads(receive(self._link, _TOLD_LIMIT_BYTES))
+            except (OSError, EOFError) as error:
+                raise CheckpointError("rank 0's writer process has ended") from error
+            if told["token"] in (token, _save(token)) and "failed" in told:
+                raise raised(told["kind"], told["failed"])
+            if told["token"] == token:
+                return {str(key): str(value) for key, value in told.items()}
 
     def close(self) -> None:
         """Hang up."""

@@ -145,6 +145,12 @@ class Worker:
         self._process = self._link = None
         return f"signal {-status}" if status < 0 else f"status {status}"
 
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._end()
+
     def close(self) -> None:
         """End the process once it has answered, and give the arena's memory back."""
         if self._link is not None:
