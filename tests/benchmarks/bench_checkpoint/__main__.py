@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=args.folder))
     try:
         result = {"machine": _machine(), "arguments": vars(args) | {"folder": str(args.folder), "json": None}}
-        result |= _flat(folder, args.flat_saves) if args.flat else _matrix(folder, args)
+        for part in [_flat(folder, args.flat_saves)] if args.flat else _matrix(folder, args):
+            result |= part
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     failed = (way for case in result.get("cases", []) for way in case["failed"])
     return int(any(way == "all" or way.startswith("cfe") for way in failed))
 
@@ -74,7 +75,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _matrix(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _matrix(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All that is found so far, after each case: a run of half an hour may be broken off."""
     every = plan.cases(args.sizes, args.ranks, args.methods, args.zero)
     progress = Progress(sum(case.weight() for case in every) * (args.rounds + 1))
     found: list[dict[str, Any]] = []
@@ -85,9 +87,10 @@ def _matrix(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 if case.state_bytes == state_bytes:
                     found.append(_run(bench, case, progress))
                     print("\n".join(report.table(found[-1])), flush=True)
+                    yield {"cases": found}
     goals = figures.goals(found, plan.DCP_ASYNC)
     print("\n".join([*report.verdicts(goals), "", *plan.NOTES]))
-    return {"cases": found, "goals": goals, "notes": plan.NOTES}
+    yield {"cases": found, "goals": goals, "notes": plan.NOTES}
 
 
 def _run(bench: Bench, case: plan.Case, progress: Progress) -> dict[str, Any]:
