@@ -79,7 +79,9 @@ def test_ranks_killed_at_any_moment_resume_from_what_they_saved(tmp_path: Path, 
         words = kill(start(root, size, attempt), rng, rng.uniform(0.0, 0.12))
         assert all(int(resumed) >= last for resumed, *_ in words), "a committed step was lost"
         done = max(int(step) for each in words for step in each)
-        moments |= {name.partition(".tmp-")[0] for name in os.listdir(root) if name.startswith("step-") and ".tmp-" in name}
+        moments |= {
+            name.partition(".tmp-")[0] for name in os.listdir(root) if name.startswith("step-") and ".tmp-" in name
+        }
         there = verified(root)
         assert not done or done in there
         wanted = {step for step in kept | there if step % POLICY.keep_every_steps == 0 and step}
