@@ -28,8 +28,10 @@ __all__ = ["small_disk"]
 
 
 @contextlib.contextmanager
-def saving(root: Path, group: Any, *, keep_last: int = 3, **options: Any) -> Iterator[Background]:
-    policy = Retention(keep_last=keep_last)
+def saving(
+    root: Path, group: Any, *, keep_last: int = 3, keep_every_steps: int | None = None, **options: Any
+) -> Iterator[Background]:
+    policy = Retention(keep_last=keep_last, keep_every_steps=keep_every_steps)
     saves = Background(root=root, run_id="run-1", attempt=0, group=group, policy=policy, **options)
     try:
         yield saves
@@ -197,7 +199,7 @@ def test_ranks_killed_at_any_moment_leave_a_verified_checkpoint_and_no_process(t
         wait_for(lambda writers=writers: all(gone(pid) for pids in writers for pid in pids), "writers are gone")
         assert all(int(resumed) >= last for resumed, *_ in words), "a committed step was lost"
         done = max(int(step) for each in words for step in each)
-        moments += any(".tmp-" in name for name in os.listdir(root))
+        moments += any(".tmp-" in name and ".trash-" not in name for name in os.listdir(root))
         there = verified(root)
         assert not done or done in there
         last = done
@@ -205,7 +207,7 @@ def test_ranks_killed_at_any_moment_leave_a_verified_checkpoint_and_no_process(t
     assert opened is not None and opened.step >= last > KILLS // 4
     check(opened)
     assert moments > KILLS // 8, "the kills missed the saves"
-    assert [name for name in os.listdir(root) if ".tmp-" in name] == []
+    assert [name for name in os.listdir(root) if ".tmp-" in name and ".trash-" not in name] == []
 
 
 def children(pid: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfe_hpc.config.run import RunSpec
@@ -18,6 +19,8 @@ from cfe_hpc.recovery import ledger
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
+
+logger = logging.getLogger(__name__)
 
 _BEAT_KEYS = ("time", "attempt", "step")
 
@@ -51,12 +54,26 @@ class Journal:
         self._seconds = 0.0
         self._steps = 0
         self._began_s = time.monotonic()
+        self._lost_lines = 0
         self.finished = False
 
     def event(self, event: Event, **fields: Any) -> None:
         """Append an event of this attempt (rank 0 only)."""
         if self._speaks:
-            self._folder.append_event(event, attempt=self._facts.attempt, **fields)
+            self._write(lambda: self._folder.append_event(event, attempt=self._facts.attempt, **fields))
+
+    def _write(self, line: Callable[[], None]) -> None:
+        """A line that cannot be written, for want of room or of the disk, is lost: it is not worth the run."""
+        try:
+            line()
+        except OSError as error:
+            if not self._lost_lines:
+                logger.warning("events and heartbeats are lost: %s: %s", self._folder.path, error.strerror)
+            self._lost_lines += 1
+            return
+        if self._lost_lines:
+            logger.warning("%d events and heartbeats were lost", self._lost_lines)
+            self._lost_lines = 0
 
     def started(self, total: int) -> None:
         """Note that this attempt's ranks are up. What an earlier attempt wrote of an end is no longer true."""
@@ -117,7 +134,7 @@ class Journal:
             values["tokens_per_second"] = self._tokens / max(self._seconds, 1e-9)
         rounded = {name: float(f"{value:.9g}") for name, value in values.items()}
         record = {"time": utc_now(), "attempt": self._facts.attempt, "step": done, **rounded}
-        append_ndjson(self._folder.heartbeat_path, record)
+        self._write(lambda: append_ndjson(self._folder.heartbeat_path, record))
         self._exporter.publish(values, step=done)
         self._last.update(values)
         self._since_save.update(values)
