@@ -35,7 +35,7 @@ class Contracts:
     def is_replicated(self, name: str, kind: str, tensor: Any) -> bool:
         """Whether every rank holds the same bytes of a tensor of the object tracked as `name`."""
         if kind == "optimizer":
-            return name in self.alike
+            return name in self.alike and is_tensor(tensor)
         return kind == "module" and _memory(tensor) in self.replicated
 
     def is_steady(self, name: str, kind: str, tensor: Any) -> bool:

@@ -24,7 +24,6 @@ class Run:
 
     Attributes:
         name: the tensor's.
-        value: the tensor.
         start: first element, counted in the flattened global tensor.
         local: this rank's shard, flattened.
         offset: first element in `local`.
@@ -32,7 +31,6 @@ class Run:
     """
 
     name: str
-    value: Any
     start: int
     local: Any
     offset: int
@@ -113,7 +111,6 @@ def my_runs(dtensors: Mapping[str, Any]) -> Iterator[Run]:
             if count or not value.numel():
                 yield Run(
                     name=name,
-                    value=value,
                     start=start_of(value, name) + offset,
                     local=locals_[index],
                     offset=offset,

@@ -67,11 +67,11 @@ def identity(value: Any) -> tuple[Any, ...]:
     if value.layout is not _strided() or value.is_meta or value.numel() == 0:
         return (id(value),)
     return (
-        str(value.device),
+        value.device,
         value.data_ptr(),
         value.dtype,
-        tuple(value.shape),
-        tuple(value.stride()),
+        value.shape,
+        value.stride(),
         value.requires_grad,
         type(value),
         value.is_conj(),
@@ -80,9 +80,7 @@ def identity(value: Any) -> tuple[Any, ...]:
 
 
 def _strided() -> Any:
-    import torch
-
-    return torch.strided
+    return sys.modules["torch"].strided
 
 
 def describe(value: Any, path: str) -> dict[str, Any]:
@@ -93,10 +91,9 @@ def describe(value: Any, path: str) -> dict[str, Any]:
     """
     if not is_tensor(value):
         return _describe_array(value, path)
-    import torch
-
+    torch = sys.modules["torch"]
     kinds: dict[type, str] = {torch.Tensor: "tensor", torch.nn.Parameter: "parameter", torch.nn.Buffer: "buffer"}
-    kind = "tensor" if is_dtensor(value) else kinds.get(type(value))
+    kind = kinds.get(type(value), "tensor" if is_dtensor(value) else None)
     word = dtype_name(value.dtype)
     if kind is None or value.layout is not torch.strided or value.is_meta or word not in DTYPE_BYTES:
         where = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
@@ -148,13 +145,16 @@ def tensor_bytes(value: Any, start: int = 0, count: int | None = None) -> memory
         item_bytes = value.itemsize if value.dtype.str in _NUMPY_WORDS else 1
         content = memoryview(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8).data)
         return content[start * item_bytes :][: None if count is None else count * item_bytes]
-    import torch
-
     if value.numel() == 0 or count == 0:
         return memoryview(b"")
+    uint8 = sys.modules["torch"].uint8
+    if aliases(value):
+        whole = memoryview(value.detach().view(-1).view(uint8).numpy().data)
+        item_bytes = value.element_size()
+        return whole[start * item_bytes : None if count is None else (start + count) * item_bytes]
     plain = value.detach().resolve_conj().resolve_neg().reshape(-1)
     plain = plain[start : None if count is None else start + count].cpu().contiguous()
-    return memoryview(plain.view(torch.uint8).numpy().data)
+    return memoryview(plain.view(uint8).numpy().data)
 
 
 def digests(values: Sequence[tuple[Any, bool]]) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -29,21 +29,24 @@ from cfe_hpc.checkpoints.protocols import Group, Piece, ReadInto, Sharded
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
 from cfe_hpc.checkpoints.store import Content
-from cfe_hpc.checkpoints.tensors import describe, digests, tensor_bytes
+from cfe_hpc.checkpoints.tensors import digests, tensor_bytes
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 
 __all__ = ["capture", "is_trackable", "restore"]
 
 _log = logging.getLogger(__name__)
 _RNG = "~rng"
+_Facts = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Captured:
-    """One object: its entry in the state tree, its tensors by name, and the pieces that it laid out itself."""
+    """One object: its entry in the state tree, its tensors by name, with (dtype, shape) of each, and the pieces that
+    it laid out itself."""
 
     name: str
     entry: dict[str, Any]
+    facts: dict[str, _Facts]
     tensors: dict[str, Any]
     dtensors: dict[str, Any] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()
@@ -88,26 +91,21 @@ def capture(objects: Mapping[str, Any], *, group: Group, facts: Mapping[str, Any
         )
     alike = {name for name in shapes[0] if all(found[name] == shapes[0][name] for found in shapes)}
     contracts = contracts_of(objects, group.size)
-    steady = {
-        name: tensor
-        for each in captured
-        for name, tensor in {**each.tensors, **each.dtensors}.items()
-        if contracts.is_steady(name, each.kind, tensor)
-    }
     shared, own = _split(captured, alike, contracts, group)
+    pieces = _Pieces(captured, contracts)
     return Content(
         pieces=[
             *(piece for each in captured for piece in each.pieces),
-            *_my_share(shared, group, steady),
-            *(_piece_of(run, steady) for run in runs),
+            *pieces.my_share(shared, group),
+            *pieces.of_runs(runs),
         ],
-        own=[_whole(name, tensor, name in steady) for name, tensor in own.items()],
+        own=[pieces.of(name, tensor_bytes(tensor)) for name, tensor in own.items()],
         state={each.name: each.entry for each in captured},
         layout={
             "facts": dict(facts or {}),
             "objects": {each.name: each.layout for each in captured if each.layout is not None},
         },
-        unchanged=unchanged_since(steady.values()),
+        unchanged=unchanged_since(pieces.steady.values()),
     )
 
 
@@ -125,9 +123,9 @@ def _capture(name: str, thing: Any) -> _Captured:
     metadata = getattr(state, "_metadata", None)
     if kind == "module" and metadata is not None:
         entry["metadata"], _ = codec.encode(dict(metadata), f"{name}/metadata")
-    plain = {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
     dtensors = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
-    return _Captured(name=name, entry=entry, tensors=plain, dtensors=dtensors)
+    plain = {name: tensor for name, tensor in tensors.items() if name not in dtensors}
+    return _Captured(name=name, entry=entry, facts=_facts(tree), tensors=plain, dtensors=dtensors)
 
 
 def _capture_sharded(name: str, thing: Sharded) -> _Captured:
@@ -135,17 +133,21 @@ def _capture_sharded(name: str, thing: Sharded) -> _Captured:
     pieces, state = thing.checkpoint_state()
     tree, tensors = codec.encode(state, f"{name}/~")
     named = tuple(replace(piece, name=f"{name}/{piece.name}") for piece in pieces)
-    return _Captured(name=name, entry={"kind": "sharded", "tree": tree}, tensors=tensors, pieces=named, layout=layout)
+    entry = {"kind": "sharded", "tree": tree}
+    return _Captured(name=name, entry=entry, facts=_facts(tree), tensors=tensors, pieces=named, layout=layout)
 
 
 def _captured_rng() -> _Captured:
     tree, tensors = codec.encode(capture_rng(), _RNG)
-    return _Captured(name=_RNG, entry={"kind": "rng", "tree": tree}, tensors=tensors)
+    return _Captured(name=_RNG, entry={"kind": "rng", "tree": tree}, facts=_facts(tree), tensors=tensors)
+
+
+def _facts(tree: Any) -> dict[str, _Facts]:
+    return {ref.name: (ref.dtype, ref.shape) for ref in codec.refs(tree)}
 
 
 def _shape_sum(captured: _Captured) -> int:
-    refs = {ref.name: [ref.name, ref.dtype, ref.shape] for ref in codec.refs(captured.entry["tree"])}
-    return crc32c(json.dumps(list(refs.values())).encode())
+    return crc32c(json.dumps(list(captured.facts.items())).encode())
 
 
 def _split(
@@ -158,50 +160,55 @@ def _split(
         return candidates, own
     kinds = {name: (each.name, each.kind) for each in captured for name in each.tensors}
     trusted = {name for name, tensor in candidates.items() if contracts.is_replicated(*kinds[name], tensor)}
+    doubtful = {name: tensor for name, tensor in candidates.items() if name not in trusted or tensor.dim()}
     sums: list[int] = []
 
     def sum_up() -> bytes:
-        sums.extend(digests([(tensor, name not in trusted) for name, tensor in candidates.items()]))
+        sums.extend(digests([(tensor, name not in trusted) for name, tensor in doubtful.items()]))
         return b""
 
     all_ranks(group, sum_up)
     extremes = group.all_max([*sums, *(-value for value in sums)])
-    shared: dict[str, Any] = {}
-    for index, (name, tensor) in enumerate(candidates.items()):
-        same = extremes[index] == -extremes[index + len(sums)]
-        (shared if same else own)[name] = tensor
+    apart = {name for index, name in enumerate(doubtful) if extremes[index] != -extremes[index + len(sums)]}
+    own.update((name, tensor) for name, tensor in candidates.items() if name in apart)
+    shared = {name: tensor for name, tensor in candidates.items() if name not in apart}
     if group.rank == 0:
-        for name in trusted & own.keys():
-            _log.warning("%s differs between ranks, although DistributedDataParallel has it: each saves its own", name)
+        broken = sorted(trusted & apart)
+        if broken:
+            what = "differ between ranks, although DistributedDataParallel should keep them alike: each saves its own"
+            _log.warning("%s and %d other tensors %s", broken[0], len(broken) - 1, what)
         _log.debug("%d of %d tensors are saved by each rank for itself", len(own), len(own) + len(shared))
     return shared, own
 
 
-def _my_share(shared: Mapping[str, Any], group: Group, steady: Container[str]) -> Iterator[Piece]:
-    names = list(shared)
-    wholes = [_facts(tensor) for tensor in shared.values()]
-    for index, start, count in divide(wholes, group.rank, group.size):
-        dtype, shape = wholes[index]
-        content = tensor_bytes(shared[names[index]], start, count)
-        yield Piece(
-            name=names[index], dtype=dtype, shape=shape, start=start, data=content, steady=names[index] in steady
-        )
+class _Pieces:
+    """Makes pieces of named tensors.
 
+    Attributes:
+        steady: tensors whose pieces are.
+    """
 
-def _piece_of(run: Run, steady: Container[str]) -> Piece:
-    dtype, shape = _facts(run.value)
-    content = tensor_bytes(run.local, run.offset, run.count)
-    return Piece(name=run.name, dtype=dtype, shape=shape, start=run.start, data=content, steady=run.name in steady)
+    def __init__(self, captured: Sequence[_Captured], contracts: Contracts) -> None:
+        self._facts = {name: found for each in captured for name, found in each.facts.items()}
+        self.steady = {
+            name: tensor
+            for each in captured
+            for name, tensor in (*each.tensors.items(), *each.dtensors.items())
+            if contracts.is_steady(name, each.kind, tensor)
+        }
 
+    def of(self, name: str, data: memoryview, start: int = 0) -> Piece:
+        dtype, shape = self._facts[name]
+        return Piece(name=name, dtype=dtype, shape=shape, start=start, data=data, steady=name in self.steady)
 
-def _whole(name: str, tensor: Any, steady: bool) -> Piece:
-    dtype, shape = _facts(tensor)
-    return Piece(name=name, dtype=dtype, shape=shape, start=0, data=tensor_bytes(tensor), steady=steady)
+    def my_share(self, shared: Mapping[str, Any], group: Group) -> Iterator[Piece]:
+        names = list(shared)
+        for index, start, count in divide([self._facts[name] for name in names], group.rank, group.size):
+            yield self.of(names[index], tensor_bytes(shared[names[index]], start, count), start)
 
-
-def _facts(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    described = describe(tensor, "")
-    return described["dtype"], tuple(described["shape"])
+    def of_runs(self, runs: Sequence[Run]) -> Iterator[Piece]:
+        for run in runs:
+            yield self.of(run.name, tensor_bytes(run.local, run.offset, run.count), run.start)
 
 
 def restore(
