@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES
+from cfe_hpc.checkpoints.layout import DTYPE_BYTES
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["CONVERTED", "Arithmetic", "Difference"]
+__all__ = ["BATCH_BYTES", "CONVERTED", "Arithmetic", "Difference"]
 
 CONVERTED = ("float16", "bfloat16", "float32")
 """Types that `convert` takes; the others are no weights, or would be rounded twice."""
 
-_OUT_BYTES = 2 * CHUNK_BYTES
+BATCH_BYTES = 64 << 20
+"""Numbers for one question: eight chunks of a data file, which are read together; nine when they begin within one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +58,16 @@ class Arithmetic:
     The worker starts with the first question and loads numpy then.
 
     Attributes:
-        first, second: room for CHUNK_BYTES of numbers each.
+        first, second: room for BATCH_BYTES of numbers each.
     """
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("cfe-arithmetic")
-        self._size_bytes = CHUNK_BYTES + _OUT_BYTES
+        self._size_bytes = 3 * BATCH_BYTES  # bf16 that becomes fp32 takes twice its room
         os.ftruncate(self._fd, self._size_bytes)
         self._memory = memoryview(mmap.mmap(self._fd, self._size_bytes))
-        self.first = self._memory[:CHUNK_BYTES]
-        self.second = self._memory[CHUNK_BYTES : 2 * CHUNK_BYTES]
+        self.first = self._memory[:BATCH_BYTES]
+        self.second = self._memory[BATCH_BYTES : 2 * BATCH_BYTES]
         self._worker: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Arithmetic:
@@ -79,9 +80,11 @@ class Arithmetic:
             self._worker.communicate()
         os.close(self._fd)
 
-    def convert(self, source: str, target: str, count: int) -> memoryview:
-        """The first `count` numbers of `first` as `target` ("float32" or "bfloat16"): to nearest, of two equally near
-        the even one; not-a-number stays not-a-number. What is returned is overwritten by the next question.
+    def convert(self, source: str, target: str, count: int, at: int = 0) -> memoryview:
+        """`count` numbers of `first`, from its byte `at` on, as `target` ("float32" or "bfloat16").
+
+        They are rounded to nearest, of two equally near to the even one; not-a-number stays not-a-number. What is
+        returned is overwritten by the next question.
 
         Args:
             source: one of CONVERTED.
@@ -89,13 +92,16 @@ class Arithmetic:
         Raises:
             CheckpointError: there is no numpy.
         """
-        size_bytes = self._ask(do="convert", source=source, target=target, count=count, out=CHUNK_BYTES)
-        return self._memory[CHUNK_BYTES : CHUNK_BYTES + size_bytes]
+        sizes = {"source_bytes": DTYPE_BYTES[source], "target_bytes": DTYPE_BYTES[target]}
+        size_bytes = self._ask(do="convert", source=source, target=target, at=at, count=count, out=BATCH_BYTES, **sizes)
+        return self._memory[BATCH_BYTES : BATCH_BYTES + size_bytes]
 
-    def compare(self, dtype: str, count: int) -> Difference:
-        """The first `count` numbers of `first` against those of `second`. Raises CheckpointError as `convert`."""
+    def compare(self, dtype: str, count: int, at: int = 0) -> Difference:
+        """`count` numbers of `first`, from its byte `at` on, against those of `second`. Raises as `convert`."""
         item_bytes = DTYPE_BYTES[dtype]
-        return Difference(**self._ask(do="compare", dtype=dtype, item_bytes=item_bytes, count=count, other=CHUNK_BYTES))
+        offsets = {"at": at, "other": BATCH_BYTES + at}
+        parts = self._ask(do="compare", dtype=dtype, item_bytes=item_bytes, count=count, **offsets)
+        return sum((Difference(**part) for part in parts), Difference())
 
     def _ask(self, **request: Any) -> Any:
         if self._worker is None:

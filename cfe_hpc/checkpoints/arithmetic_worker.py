@@ -19,6 +19,8 @@ __all__ = ["main"]
 _WORDS = {"bool": "u1"}
 """torch's words that are not numpy's."""
 
+_SLICE = 1 << 20  # numbers at a time: what numpy makes on the way then stays small
+
 
 def main(arena_fd: int, size_bytes: int) -> None:
     """Answer requests until standard input ends."""
@@ -29,12 +31,16 @@ def main(arena_fd: int, size_bytes: int) -> None:
         print(json.dumps(done), flush=True)
 
 
-def _convert(arena: mmap.mmap, *, source: str, target: str, count: int, out: int) -> int:
-    """Numbers from the arena's start on, converted, to its byte `out` on; the bytes that they take there."""
-    values = _load(arena, source, 0, count)
-    converted = _to_bf16(values) if target == "bfloat16" else values.astype(np.float32)
-    arena[out : out + converted.nbytes] = converted.tobytes()
-    return int(converted.nbytes)
+def _convert(
+    arena: mmap.mmap, *, source: str, source_bytes: int, target: str, target_bytes: int, at: int, count: int, out: int
+) -> int:
+    """Numbers from the arena's byte `at` on, converted, to its byte `out` on; the bytes that they take there."""
+    for low in range(0, count, _SLICE):
+        values = _load(arena, source, at + low * source_bytes, min(_SLICE, count - low))
+        converted = _to_bf16(values) if target == "bfloat16" else values.astype(np.float32)
+        place = out + low * target_bytes
+        arena[place : place + converted.nbytes] = converted.tobytes()
+    return count * target_bytes
 
 
 def _load(arena: mmap.mmap, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
@@ -55,13 +61,26 @@ def _to_bf16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return halves
 
 
-def _compare(arena: mmap.mmap, *, dtype: str, item_bytes: int, count: int, other: int) -> dict[str, Any]:
-    """Numbers from the arena's start on, against those from its byte `other` on."""
-    raw = [np.frombuffer(arena, f"V{item_bytes}", count, offset) for offset in (0, other)]
-    places = np.flatnonzero(raw[0] != raw[1])
+def _compare(arena: mmap.mmap, *, dtype: str, item_bytes: int, at: int, count: int, other: int) -> list[dict[str, Any]]:
+    """Numbers from the arena's byte `at` on, against those from its byte `other` on, slice by slice."""
+    return [
+        _compare_slice(
+            arena, dtype, item_bytes, min(_SLICE, count - low), (at + low * item_bytes, other + low * item_bytes)
+        )
+        for low in range(0, count, _SLICE)
+    ]
+
+
+def _compare_slice(
+    arena: mmap.mmap, dtype: str, item_bytes: int, count: int, offsets: tuple[int, int]
+) -> dict[str, Any]:
+    word = min(item_bytes, 8)
+    raw = [np.frombuffer(arena, f"<u{word}", count * item_bytes // word, offset) for offset in offsets]
+    differ = (raw[0] != raw[1]).reshape(count, -1).any(axis=1)
+    places = np.flatnonzero(differ)
     found: dict[str, Any] = {"differing": int(places.size), "max_abs": None, "max_rel": None, "not_finite": 0}
     if places.size and not dtype.startswith("float8") and dtype != "complex32":
-        one, two = (_wide(_load(arena, dtype, offset, count)[places]) for offset in (0, other))
+        one, two = (_wide(_load(arena, dtype, offset, count)[places]) for offset in offsets)
         with np.errstate(all="ignore"):
             apart = np.abs(one - two)
             relative = apart / np.maximum(np.abs(one), np.abs(two))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfe_hpc.checkpoints.arithmetic import Arithmetic, Difference
+from cfe_hpc.checkpoints.batches import batches, read
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES, Extent
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.weights import Source, shared
@@ -61,28 +62,33 @@ def compare(one: Opened, two: Opened, progress: Callable[[int], Any] = int) -> C
     """
     ones, twos = _tensors(one), _tensors(two)
     both = [name for name in ones if name in twos]
-    reshaped, changed, read_bytes = [], [], 0
+    described = {name: (ones[name].describe(), twos[name].describe()) for name in both}
+    alike = [name for name in both if described[name][0] == described[name][1]]
     untouched = _Untouched(one, two)
+    wanted = [(ones[name], *run) for name in alike for run in untouched.rest(name, described[name][0])]
+    open_bytes = sum(count * DTYPE_BYTES[source.describe()[0]] for source, _, count in wanted)
+    progress(sum(math.prod(described[name][0][1]) * DTYPE_BYTES[described[name][0][0]] for name in alike) - open_bytes)
+    found: dict[str, Difference] = {}
     with Arithmetic() as arithmetic:
-        for name in both:
-            left, right = ones[name].describe(), twos[name].describe()
-            if left != right:
-                reshaped.append((name, _spell(*left), _spell(*right)))
-                continue
-            difference = Difference()
-            for start, count in untouched.rest(name, left):
-                difference += _differ(ones[name], twos[name], start, count, arithmetic)
-                read_bytes += count * DTYPE_BYTES[left[0]]
-            elements = math.prod(left[1])
-            if difference.differing:
-                changed.append(Changed(name=name, dtype=left[0], elements=elements, difference=difference))
-            progress(elements * DTYPE_BYTES[left[0]])
+        for parts in batches(wanted):
+            read(parts, arithmetic.first)
+            read(parts, arithmetic.second, [twos[part.source.name] for part in parts])
+            for part in parts:
+                name, difference = part.source.name, arithmetic.compare(part.dtype, part.count, part.at)
+                found[name] = found.get(name, Difference()) + difference
+                progress(part.size_bytes)
+    changed = [
+        Changed(name=name, dtype=described[name][0][0], elements=math.prod(described[name][0][1]), difference=each)
+        for name, each in found.items()
+        if each.differing
+    ]
+    reshaped = [(name, _spell(*described[name][0]), _spell(*described[name][1])) for name in both if name not in alike]
     return Comparison(
         only=([name for name in ones if name not in twos], [name for name in twos if name not in ones]),
         reshaped=reshaped,
         changed=changed,
         equal=len(both) - len(reshaped) - len(changed),
-        read_bytes=read_bytes,
+        read_bytes=open_bytes,
     )
 
 
@@ -98,20 +104,6 @@ def _tensors(opened: Opened) -> Mapping[str, Source]:
         for name in reader.names():
             label = f"{name} (rank {rank}'s own)"
             found[label] = Source(name=label, reader=reader, stored=name)
-    return found
-
-
-def _differ(one: Source, two: Source, start: int, count: int, arithmetic: Arithmetic) -> Difference:
-    dtype, _ = one.describe()
-    item_bytes = DTYPE_BYTES[dtype]
-    step, found = CHUNK_BYTES // item_bytes, Difference()
-    for at in range(start, start + count, step):
-        number = min(step, start + count - at)
-        left, right = arithmetic.first[: number * item_bytes], arithmetic.second[: number * item_bytes]
-        one.reader.read_into(one.stored, at, left)
-        two.reader.read_into(two.stored, at, right)
-        if left != right:
-            found += arithmetic.compare(dtype, number)
     return found
 
 

@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from cfe_hpc.checkpoints.arithmetic import CONVERTED, Arithmetic
-from cfe_hpc.checkpoints.layout import CHUNK_BYTES, DTYPE_BYTES
+from cfe_hpc.checkpoints.batches import batches, read
+from cfe_hpc.checkpoints.layout import DTYPE_BYTES
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.weights import Source
 from cfe_hpc.errors import CheckpointError
@@ -174,8 +174,15 @@ def _write(
     """Write a new file; its size."""
     with open(path, "xb") as stream:
         stream.write(_head(opened, sources, dtype))
-        for source in sources:
-            _copy(source, _target(source, dtype)[0], stream, arithmetic, progress)
+        for parts in batches((source, 0, math.prod(source.describe()[1])) for source in sources):
+            read(parts, arithmetic.first)
+            for part in parts:
+                target, _ = _target(part.source, dtype)
+                numbers = arithmetic.first[part.at : part.at + part.size_bytes]
+                stream.write(
+                    numbers if target == part.dtype else arithmetic.convert(part.dtype, target, part.count, part.at)
+                )
+                progress(part.size_bytes)
         stream.flush()
         os.fsync(stream.fileno())
         return stream.tell()
@@ -196,15 +203,3 @@ def _head(opened: Opened, sources: Sequence[Source], dtype: str | None) -> bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _copy(source: Source, target: str, stream: BinaryIO, arithmetic: Arithmetic, progress: Progress) -> None:
-    dtype, shape = source.describe()
-    total, item_bytes = math.prod(shape), DTYPE_BYTES[dtype]
-    step = CHUNK_BYTES // item_bytes
-    for start in range(0, total, step):
-        count = min(step, total - start)
-        part = arithmetic.first[: count * item_bytes]
-        source.reader.read_into(source.stored, start, part)
-        stream.write(part if target == dtype else arithmetic.convert(dtype, target, count))
-        progress(len(part))
