@@ -17,6 +17,7 @@ MORE = 50 if FULL else 8
 ENGINES = (*ZERO, *BF16)
 SAVED_BY = SIZES if FULL else (3,)
 LOADED_BY = SIZES if FULL else (2, 3)
+CROSSED = (("zero1", "zero3"), ("zero3", "zero2"))
 
 
 def saved(rank: int, root: str) -> dict[str, dict[str, Any]]:
@@ -49,6 +50,18 @@ def loaded(rank: int, root: str) -> dict[tuple[str, int], dict[str, Any]]:
             "losses": training.train(SAVED_AT, SAVED_AT + MORE),
             "exported": (other.whole(), other.train(SAVED_AT, SAVED_AT + MORE), client_state["epoch"]),
         }
+    return results
+
+
+def crossed(rank: int, root: str) -> dict[tuple[str, str], Any]:
+    """Import into another stage than the one that saved."""
+    from cfe_hpc.checkpoints.deepspeed_files import load_deepspeed_checkpoint
+
+    results = {}
+    for source, target in CROSSED:
+        training = Training(target, seed=2)
+        load_deepspeed_checkpoint(training.deepspeed, f"{root}/{source}-{SAVED_BY[-1]}")
+        results[source, target] = training.whole()
     return results
 
 
@@ -86,6 +99,13 @@ def test_deepspeed_itself_loads_what_is_exported(engine: str, before: Any, after
     for saved_by, size in product(SAVED_BY, LOADED_BY):
         result = after[size][engine, saved_by]
         assert result["exported"] == (result["whole"], result["losses"], 3)
+
+
+@pytest.mark.slow
+def test_import_is_exact_into_another_stage(root: Path, before: Any) -> None:
+    (results,) = on_ranks(1, crossed, str(root))
+    for (source, target), whole in results.items():
+        assert whole == before[SAVED_BY[-1]][source]["whole"], f"{source} into {target}"
 
 
 class Unsafe:
