@@ -92,7 +92,8 @@ class Sharded(Protocol):
 
     def load_checkpoint_state(self, reader: ReadInto, tree: Any) -> None:
         """Take the state back. Every rank calls it with the tree that this rank (or, at another world size,
-        rank 0) saved; it may enter collectives."""
+        rank 0) saved; it may enter collectives. A restore's reader therefore raises no CorruptCheckpoint, which one
+        rank alone may meet: the restore raises it on all of them when this has returned."""
 
 
 class Group(Protocol):
