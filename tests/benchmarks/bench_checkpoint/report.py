@@ -8,6 +8,7 @@ from typing import Any
 COLUMNS = (
     ("", 26),
     ("blocked s", 10),
+    ("returns s", 9),
     ("x copy", 20),
     ("safe s", 8),
     ("durable s", 10),
@@ -47,6 +48,7 @@ def _line(way: str, row: dict[str, Any]) -> str:
     moved = [_median(row[key], 2) for key in row if key.endswith(" / load_s")]
     cells = [
         _median(row["blocked_s"], 3),
+        _median(row["returned_s"], 3),
         _spread(row["blocked / copy"]),
         _median(row["safe_s"], 3),
         _median(row["durable_s"], 3),
