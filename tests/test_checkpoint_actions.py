@@ -7,7 +7,6 @@ import math
 import os
 import struct
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,11 +15,9 @@ import torch
 from checkpoint_runs import call, document, flip, new_run, put
 from safetensors.torch import load_file
 
-from cfe_hpc.checkpoints import folders, marks, pins
+from cfe_hpc.checkpoints import marks, pins
 from cfe_hpc.checkpoints.arithmetic import Arithmetic
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
-from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import Retention, Rotation
 from cfe_hpc.cli import progress
 from cfe_hpc.errors import CheckpointError
 from cfe_hpc.runfolder import RunFolder
@@ -53,41 +50,6 @@ def test_pinned_ones_stay_show_their_note_and_stay_when_saved_again(folder: RunF
     assert call(capsys, "pin", folder.path, "--step", 1, "--unpin")[1] == "step-000000001  unpinned\n"
     assert call(capsys, "pin", folder.path, "--step", 1, "--unpin")[1] == "step-000000001  was not pinned\n"
     assert document(capsys, "prune", folder.path)["deleted"] == [1, 3]
-
-
-def test_what_pin_says_is_pinned_is_there_whatever_rotates_meanwhile(tmp_path: Path, monkeypatch) -> None:
-    """Two processes' rotations and a person who pins, as fast as they can: no pinned one is ever lost."""
-    monkeypatch.setattr(pins, "_PATIENCE_S", 0.02)
-    model = {"model": torch.nn.Linear(2, 2)}
-    run, pinned, gone = new_run(tmp_path), [], []
-    done = threading.Event()
-
-    def rotate() -> None:
-        rotation = Rotation(run.checkpoints, Retention(keep_last=1))
-        while not done.is_set():
-            rotation.rotate()
-            time.sleep(0.001)
-
-    threads = [threading.Thread(target=rotate) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for step in range(1, 25):
-            path = put(run, model, step=step, ranks=1)
-            put(run, model, step=1000 + step, ranks=1)
-            try:
-                pins.pin(path, run.run_id)
-                pinned.append(path)
-            except CheckpointError:
-                gone.append(path)
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    folders.settle_leaving(run.checkpoints)
-    for path in pinned:
-        Opened.at(path, run.run_id).verify()
-    assert not [path for path in gone if marks.holds(path)]
 
 
 def test_a_checkpoint_that_goes_while_it_is_pinned_is_told(folder: RunFolder, monkeypatch) -> None:

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfe_hpc.checkpoints import folders, marks, remover, rotation
+from cfe_hpc.checkpoints import folders, marks, pins, remover, rotation
 from cfe_hpc.checkpoints.manifest import FileFacts, Identity, Manifest
 from cfe_hpc.checkpoints.remover import Remover
 from cfe_hpc.checkpoints.rotation import Kept, Rotation, inventory, reasons, rotate
 from cfe_hpc.config.job import Checkpoint
+from cfe_hpc.errors import CheckpointError
 
 
 def manifest(step: int, attempt: int = 0, metrics: Mapping[str, float] | None = None) -> Manifest:
@@ -271,6 +272,45 @@ def test_who_pins_while_it_is_being_rotated_away_keeps_it(tmp_path: Path, monkey
         assert rotate(tmp_path / moment, Checkpoint(keep_last=1), protect=()) == []
         monkeypatch.undo()
         assert steps(tmp_path / moment) == [1, 2]
+
+
+def test_what_pin_says_is_pinned_stays_whatever_rotates_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rotations, and a person who pins the one that they are about to take out: no pinned one is ever lost."""
+    monkeypatch.setattr(pins, "_PATIENCE_S", 0.05)
+    rng, done = random.Random(0), threading.Event()
+    root, pinned, late = tmp_path / "checkpoints", [], []
+
+    def rotate_again_and_again() -> None:
+        mine = Rotation(root, Checkpoint(keep_last=1))
+        while not done.is_set():
+            mine.rotate()
+            time.sleep(0.0005)
+
+    threads = [threading.Thread(target=rotate_again_and_again) for _ in range(2)]
+    root.mkdir()
+    for thread in threads:
+        thread.start()
+    try:
+        for step in range(1, 80, 2):
+            path, newer = make(root, step), make(tmp_path / "drafts", step + 1)
+            due = threading.Timer(rng.uniform(0.0, 0.01), os.rename, (newer, root / newer.name))
+            due.start()  # from then on no reason keeps `path`
+            try:
+                pins.pin(path, "run-1")
+                pinned.append(path)
+            except CheckpointError:
+                late.append(path)
+            due.join()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert pinned and late, "all in one order: the race was not there"
+    for path in pinned:
+        assert rotation.glance(path).identity.step in steps(root)
+    assert not [path for path in late if marks.holds(path)]
 
 
 def test_who_dies_while_a_pinned_one_is_out_loses_nothing(tmp_path: Path) -> None:
