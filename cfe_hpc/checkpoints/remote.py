@@ -207,6 +207,8 @@ def _retried(what: str, act: Callable[..., T], *arguments: Any) -> T:
             return act(*arguments)
         except (CorruptCheckpoint, FileNotFoundError):
             raise
+        except (PermissionError, NotADirectoryError) as error:  # that does not pass with time
+            raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
         except Exception as error:  # each of fsspec's filesystems has errors of its own
             if wait_s is None:
                 raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error

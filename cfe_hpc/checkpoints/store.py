@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,10 +27,13 @@ from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.runfolder import utc_now
 
-__all__ = ["CheckpointInfo", "Content", "Report", "newest", "resume", "save"]
+__all__ = ["CheckpointInfo", "Content", "Places", "Report", "newest", "resume", "save"]
 
 Report = Callable[[Path, str], None]
 """Called on rank 0 with the folder of a checkpoint that cannot be used, and why, in one line."""
+
+Places = Callable[[Path, Identity, int], Sequence[Path]]
+"""Called with a checkpoint's folder and identity and a rank: folders that have that rank's shard, the nearest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +149,7 @@ def resume(
     attempt: int,
     group: Group,
     report: Report | None = None,
+    places: Places | None = None,
 ) -> Opened | None:
     """Load the newest checkpoint that can be used, chosen by rank 0. Collective.
 
@@ -155,6 +160,7 @@ def resume(
         load: reads what it needs, each byte once, checked on its way; collective. When it raises CorruptCheckpoint,
             on all ranks, the next older checkpoint is tried: it must put back all that it may have changed.
         report: called on rank 0 for each newer one that cannot be used.
+        places: where else this rank finds shards; the folder itself alone when left out.
 
     Returns:
         The same checkpoint on every rank; None when nothing was ever committed.
@@ -168,7 +174,7 @@ def resume(
     for step in steps:
         folder = root / folders.step_name(step)
         try:
-            opened = _open_together(folder, run_id, group)
+            opened = _open_together(folder, run_id, group, places)
             load(opened)
             return opened
         except CorruptCheckpoint as error:
@@ -199,7 +205,7 @@ def _list(root: Path, attempt: int) -> bytes:
     return json.dumps([step for step, _ in folders.committed(root)]).encode()
 
 
-def _open_together(folder: Path, run_id: str, group: Group) -> Opened:
+def _open_together(folder: Path, run_id: str, group: Group, places: Places | None) -> Opened:
     """Each index file is read by one rank, for all; each data file's header by another."""
 
     def read() -> bytes:
@@ -215,9 +221,10 @@ def _open_together(folder: Path, run_id: str, group: Group) -> Opened:
     for part, share in enumerate(shares):
         indexes[part :: group.size] = _unpack(share)
     opened: list[Opened] = []
+    near = None if places is None else partial(places, folder, manifest.identity)
 
     def check() -> bytes:
-        opened.append(Opened(folder, manifest, indexes=indexes, part=group.rank, parts=group.size))
+        opened.append(Opened(folder, manifest, indexes=indexes, places=near, part=group.rank, parts=group.size))
         opened[0].check_headers()
         return b""
 

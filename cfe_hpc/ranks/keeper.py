@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 from cfe_hpc.checkpoints import folders, marks, store, tracked
 from cfe_hpc.checkpoints.agree import first_rank
 from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.rotation import Retention, Rotation, rotate
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, DiskFull, StagingError, UsageError
 from cfe_hpc.ranks.bootstrap import Place
+from cfe_hpc.ranks.hooks import before_any_step
 from cfe_hpc.ranks.journal import Journal
+from cfe_hpc.ranks.tiering import Tiering
 from cfe_hpc.ranks.weights import weights_sha256
 from cfe_hpc.runfolder import RunFolder
 
@@ -39,6 +42,7 @@ class Keeper:
         self._root, self._run_id = folder.checkpoints, spec.run_id
         self._policy, self._place, self._journal = spec.job.checkpoint, place, journal
         self._rotation = Rotation(self._root, self._policy)
+        self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
         self._objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._sealed = False
@@ -82,6 +86,9 @@ class Keeper:
         self._sealed = True
         started_s = time.monotonic()
         try:
+            brought = self._tiering.gather(self._skip)
+            if brought is not None:
+                self._journal.event("checkpoint_saved", step=brought, detail="brought from where it was complete")
             opened = store.resume(
                 self._root,
                 self._load,
@@ -89,6 +96,7 @@ class Keeper:
                 attempt=self._place.facts.attempt,
                 group=self._place.group,
                 report=self._skip,
+                places=self._tiering.places,
             )
         except CorruptCheckpoint as error:
             # Starting again at step 0 would rotate away what a person might still mend.
@@ -98,10 +106,11 @@ class Keeper:
             self._saved_step = self._resumed_step = opened.step
             seconds = round(time.monotonic() - started_s, 3)
             self._journal.event("resumed", step=opened.step, seconds=seconds)
+            self._tiering.resumed(opened)
         if self._place.group.rank == 0:
             self._rotation.prepare()
         if self._policy.async_:
-            self._start_background()
+            self._start_background(None if opened is None else opened.manifest.identity)
         self._saved_s = time.monotonic()
         return 0 if opened is None else opened.step
 
@@ -122,18 +131,28 @@ class Keeper:
         """Whether the schedule in time asks for a save now, by this rank's clock."""
         return self._policy.every is not None and time.monotonic() - self._saved_s >= self._policy.every
 
-    def busy(self) -> bool:
-        """Whether this rank's part of a save in flight is still being written; to be agreed on for `boundary`."""
-        return self._background is not None and self._background.busy()
+    def busy(self) -> list[int]:
+        """Whether this rank's part of a save is still being written, and whether one is still on its way from the
+        nodes: 0 or 1 each, to be agreed on for `advance`."""
+        background = self._background
+        if background is None:
+            return [0, 0]
+        return [int(background.busy()), int(background.drain is not None and background.drain.busy())]
 
-    def advance(self, busy: bool) -> None:
-        """Let the save in flight, if there is one, take its next step.
+    def advance(self, busy: Sequence[int]) -> None:
+        """Let saves take their next step, as far as it is time.
 
         Args:
-            busy: whether any rank is; the same on every rank.
+            busy: `busy`, of any rank; the same on every rank.
         """
-        if self._background is not None and self._background.in_flight is not None:
-            self._settle(self._background.in_flight, partial(self._background.advance, busy))
+        background = self._background
+        if background is not None:
+            drain = background.drain
+            if drain is not None and drain.step is not None:
+                self._settle(drain.step, partial(drain.advance, self._place.group, bool(busy[1])))
+            if background.in_flight is not None:
+                self._settle(background.in_flight, partial(background.advance, bool(busy[0])))
+        self._tiering.advance()
 
     def boundary(self, done: int, *, due_by_time: bool) -> bool:
         """Begin the save that is due after `done` steps, if one is.
@@ -161,7 +180,8 @@ class Keeper:
         While another save is in flight nothing is begun: this one's place is the first boundary after it.
         """
         in_flight = None if self._background is None else self._background.in_flight
-        if done in (self._saved_step, in_flight):
+        on_nodes = None if self._background is None else self._background.on_nodes
+        if done in (self._saved_step, in_flight, on_nodes):
             return
         if self._background is None:
             self._save(done)
@@ -174,18 +194,33 @@ class Keeper:
             logger.warning("checkpoint of step %d waits: %s", done, detail)
             self._journal.event("degraded", step=done, reason="checkpoint_late", detail=detail)
 
-    def save(self, done: int) -> bool:
+    def save(self, done: int, time_left_s: Callable[[], float | None] = lambda: None) -> bool:
         """Save the state after `done` steps, unless that is saved already; durable on return.
 
         A save in flight is waited for first. One that fails is an event and a warning; training goes on from what
-        it has.
+        it has. With a node-local tier it is complete on the nodes first, and goes on from there as far as time allows.
+
+        Args:
+            time_left_s: rank 0's: seconds until this attempt is killed; None when it is not known to be.
 
         Returns:
-            Whether a checkpoint of this very step is committed.
+            Whether a checkpoint of this very step is committed, or complete on the nodes when time was up.
         """
         self._finish_in_flight()
         self._mark_epoch(done)
-        return self._saved_step == done or self._save(done)
+        background = self._background
+        if self._saved_step == done or background is None or background.drain is None:
+            return self._saved_step == done or self._save(done)
+        group = self._place.group
+        hurried = bool(group.all_max([int(group.rank == 0 and time_left_s() is not None)])[0])
+        if background.on_nodes != done:
+            # What is on its way must not take the time of the one that is to be resumed from.
+            self._tiering.arrive(background, self._settle, (lambda: 0.0) if hurried else time_left_s)
+            self._begin(background, done)
+            self._finish_in_flight()
+        if self._background is background and self._saved_step != done:
+            self._tiering.arrive(background, self._settle, time_left_s)
+        return self._saved_step == done or (hurried and background.on_nodes == done) or self._save(done)
 
     def end_epoch(self, number: int) -> None:
         """See Run.end_epoch."""
@@ -217,7 +252,11 @@ class Keeper:
             self._unhook = None
 
     def tidy(self, timeout_s: float) -> None:
-        """Have deleted what rotation took out: nobody comes after a run that has completed. Not collective."""
+        """Have done what is left for later otherwise: nobody comes after a run that has completed. Not collective.
+
+        The last checkpoint goes on to the remote, and what rotation took out is deleted.
+        """
+        self._tiering.finish()
         if self._place.group.rank == 0 and not self._rotation.finish(timeout_s):
             logger.warning("deleted checkpoints still take space in %s; `checkpoints prune` frees it", self._root)
 
@@ -264,7 +303,7 @@ class Keeper:
 
     def _make_room(self) -> list[int]:
         policy = Retention(
-            keep_last=max(self._policy.keep_last - 1, 1),
+            keep_last=1,  # a disk that holds fewer than keep_last would take none any more
             keep_every_steps=self._policy.keep_every_steps,
             keep_best=self._policy.keep_best,
         )
@@ -275,11 +314,19 @@ class Keeper:
         figures = {"checkpoint_seconds": blocked_seconds, "checkpoint_bytes": float(info.size_bytes)}
         self._journal.publish(figures, step=info.step)
         self._journal.event("checkpoint_saved", step=info.step, seconds=round(info.seconds, 3), detail=info.path.name)
+        self._tiering.offer(info.step)
+        if self._background is not None:
+            self._background.protect[:] = sorted(self._protected())
 
     def _protected(self) -> set[int]:
-        return {self._resumed_step} if self._resumed_step is not None else set()
+        return self._tiering.needed | ({self._resumed_step} if self._resumed_step is not None else set())
 
-    def _start_background(self) -> None:
+    def _degraded(self, word: str, detail: str) -> None:
+        """Tell that checkpoints go on, but not as asked for."""
+        logger.warning("%s: %s", word, detail)
+        self._journal.event("degraded", reason=word, detail=detail)
+
+    def _start_background(self, resumed: Identity | None) -> None:
         background = Background(
             root=self._root,
             run_id=self._run_id,
@@ -294,14 +341,19 @@ class Keeper:
             protect=sorted(self._protected()),
             address=self._place.meeting.address,
             overlap=self._policy.overlap,
+            tier=self._tiering.node,
+            degraded=self._degraded,
         )
         self._background = background
         if self._policy.overlap and "torch" in sys.modules:
-            self._unhook = _before_any_step(background.settle)
+            self._unhook = before_any_step(background.settle)
         try:
             background.start()
         except StagingError as error:
             self._give_up(error)
+            return
+        if background.drain is not None:
+            background.drain.keep(durable=resumed, sweep=True)
 
     def _reserve(self, background: Background) -> None:
         """Have the memory before the first save, but after a step: only then have optimizers all of their state."""
@@ -346,13 +398,3 @@ class Keeper:
     def weights_sha256(self) -> str | None:
         """The digest of everything tracked that holds weights; see ranks.weights. Collective."""
         return weights_sha256(self._objects, self._place.group)
-
-
-def _before_any_step(act: Callable[[], None]) -> Callable[[], None]:
-    """Call `act` before every step of a torch optimizer, those inside DeepSpeed's included; returns what ends that."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-        act()
-
-    return register_optimizer_step_pre_hook(hook).remove

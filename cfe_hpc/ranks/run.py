@@ -232,9 +232,9 @@ class Run:
         A save in flight goes on here: whether any rank still writes costs no collective of its own.
         """
         stop_bits = self._flag.bits | (1 << len(signals.STOP_SIGNALS) if self._stop_at_once else 0)
-        mine = [stop_bits, int(time_due and self.rank == 0), int(self._keeper.busy())]
+        mine = [stop_bits, int(time_due and self.rank == 0), *self._keeper.busy()]
         agreed = self.group.all_max(mine)
-        self._keeper.advance(bool(agreed[2]))
+        self._keeper.advance(agreed[2:])
         return agreed[0], bool(agreed[1])
 
     def _stop(self, bits: int, done: int) -> None:
@@ -251,7 +251,7 @@ class Run:
             self._journal.step_ends(done)
         self._journal.event("signal", step=done, reason="+".join(names) or "found")
         self._journal.flush(done)
-        self._keeper.save(done)
+        self._keeper.save(done, lambda: None if inquiry is None else inquiry.time_left_s(started_s))
         if self._unanswered(inquiry):
             self._journal.step_begins()
             return

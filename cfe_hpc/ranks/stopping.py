@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 2.0
 # Slurm looks for preempted jobs whose grace is over every 30 s; the rest is for a slow controller.
 _KILL_MARGIN_S = 60.0
+_REQUEUE_S = 5.0
+"""Of the time until the kill, kept for what comes after the save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class Inquiry:
     """
 
     def __init__(self, scheduler: Scheduler, signals: list[str], spec: RunSpec) -> None:
+        self._spec, self._asked_s = spec, time.monotonic()
         self._answer: tuple[Cause, str] = ("unknown", "the scheduler was not asked")
         self._deadline_s = time.monotonic() + _until_killed_s(spec)
         self._thread = threading.Thread(target=self._ask, args=(scheduler, signals), name="cfe-why", daemon=True)
@@ -67,10 +70,36 @@ class Inquiry:
         """Whether `answer` would return at once."""
         return not self._thread.is_alive()
 
+    def time_left_s(self, told_s: float | None) -> float | None:
+        """Seconds until this attempt is killed, with some left for the requeue; None when it is not known to be.
+
+        While the reason is not known the worst that this site may do is assumed.
+
+        Args:
+            told_s: time.monotonic() of the signal; the inquiry's own beginning when None.
+        """
+        limits_s = _limits_s(self._spec)
+        cause = self._answer[0]
+        known = [limits_s[cause]] if cause in limits_s else list(limits_s.values()) if cause == "unknown" else []
+        if not known:
+            return None
+        limit_s = min(known) - min(_REQUEUE_S, min(known) / 4)
+        return (self._asked_s if told_s is None else told_s) + limit_s - time.monotonic()
+
     def answer(self) -> tuple[Cause, str]:
         """The reason and its evidence; waits for them. "unknown" when the scheduler stayed silent throughout."""
         self._thread.join()
         return self._answer
+
+
+def _limits_s(spec: RunSpec) -> dict[Cause, float]:
+    """From the signal to the kill, for each reason that this attempt may be stopped for."""
+    limits_s: dict[Cause, float] = {}
+    if spec.plan.preemption.mode != "off" or spec.site.scheduler == "local":
+        limits_s["preempted"] = spec.plan.preemption.grace or spec.site.slurm.kill_wait
+    if spec.plan.time_s is not None:
+        limits_s["time_limit"] = spec.plan.signal_lead_s
+    return limits_s
 
 
 def _until_killed_s(spec: RunSpec) -> float:
