@@ -39,7 +39,8 @@ MOVED = ("cfe", "dcp")
 DCP_ASYNC = tuple(way for way in WAYS if way.startswith("dcp-async"))
 
 NOTES = (
-    "returns: a synchronous call before its fsync. x copy, x write and x read: beside the limit of the same round and the same bytes. slower: a step while the save "
+    "returns: a synchronous call before its fsync. "
+    "x copy, x write and x read: beside the limit of the same round and the same bytes. slower: a step while the save "
     "goes on, beside one before. lost: seconds of computing, blocked and slowed together. first x: blocked and durable "
     "of the first save beside the median. elsewhere x: a load on the other numbers of ranks beside one on the same. "
     "memory x: the most taken beyond the state, beside the state.",
