@@ -277,7 +277,10 @@ def test_bytes_that_one_rank_finds_altered_are_every_ranks_error(tmp_path: Path)
             gate.wait(20)  # a collective: whoever left before would leave the other waiting
 
     gate = threading.Barrier(2)
-    for objects in (lambda rank: {"engine": Reads(rank, 2)}, lambda rank: {"data": Sampler(rank)}):
+    for objects in (
+        lambda rank: {"engine": Reads(rank, 2), "more": Reads(rank, 2)},
+        lambda rank: {"data": Sampler(rank)},
+    ):
         together(lambda rank, group, objects=objects: put(tmp_path, group, objects(rank)))
         path = tmp_path / "step-000000004" / "shard-00001.bin"
         content = bytearray(path.read_bytes())

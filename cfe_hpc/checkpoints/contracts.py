@@ -22,10 +22,12 @@ __all__ = ["Contracts", "contracts_of", "unchanged_since"]
 
 @dataclass(frozen=True, slots=True)
 class Contracts:
-    """Attributes:
-    replicated: memory of parameters that DistributedDataParallel keeps alike on all ranks.
-    stepped: memory of parameters that tracked optimizers step.
-    alike: names of tracked optimizers all of whose parameters are replicated.
+    """What holds of the tensors of tracked objects.
+
+    Attributes:
+        replicated: memory of parameters that DistributedDataParallel keeps alike on all ranks.
+        stepped: memory of parameters that tracked optimizers step.
+        alike: names of tracked optimizers all of whose parameters are replicated.
     """
 
     replicated: frozenset[tuple[Any, ...]]

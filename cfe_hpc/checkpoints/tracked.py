@@ -285,12 +285,12 @@ class _Restore:
         return b""
 
     def finish_sharded(self) -> bytes:
-        """Let sharded objects read and take theirs."""
-        for name, thing in self._objects.items():
-            if name in self.trees:
-                within = _Within(self._opened.reader, f"{name}/")
-                cast(Sharded, thing).load_checkpoint_state(within, self.trees[name])
-                within.settle()
+        """Let sharded objects read and take theirs, all of them before any failure to read is told."""
+        readers = {name: _Within(self._opened.reader, f"{name}/") for name in self._objects if name in self.trees}
+        for name, reader in readers.items():
+            cast(Sharded, self._objects[name]).load_checkpoint_state(reader, self.trees[name])
+        for reader in readers.values():
+            reader.settle()
         return b""
 
 
