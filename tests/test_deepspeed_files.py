@@ -17,7 +17,10 @@ MORE = 50 if FULL else 8
 ENGINES = (*ZERO, *BF16)
 SAVED_BY = SIZES if FULL else (3,)
 LOADED_BY = SIZES if FULL else (2, 3)
+TIMEOUT_S = 1800.0 if FULL else 240.0
 CROSSED = (("zero1", "zero3"), ("zero3", "zero2"))
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
 
 
 def saved(rank: int, root: str) -> dict[str, dict[str, Any]]:
@@ -72,15 +75,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def before(root: Path) -> dict[int, Any]:
-    return {size: on_ranks(size, saved, str(root))[0] for size in SAVED_BY}
+    return {size: on_ranks(size, saved, str(root), timeout_s=TIMEOUT_S)[0] for size in SAVED_BY}
 
 
 @pytest.fixture(scope="module")
 def after(root: Path, before: Any) -> dict[int, Any]:
-    return {size: on_ranks(size, loaded, str(root))[0] for size in LOADED_BY}
+    return {size: on_ranks(size, loaded, str(root), timeout_s=TIMEOUT_S)[0] for size in LOADED_BY}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_import_is_exact_at_any_size(engine: str, before: Any, after: Any) -> None:
     for saved_by, size in product(SAVED_BY, LOADED_BY):
@@ -93,7 +95,6 @@ def test_import_is_exact_at_any_size(engine: str, before: Any, after: Any) -> No
             assert result["losses"] == pytest.approx(reference["losses"], rel=0, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_deepspeed_itself_loads_what_is_exported(engine: str, before: Any, after: Any) -> None:
     for saved_by, size in product(SAVED_BY, LOADED_BY):
@@ -101,7 +102,6 @@ def test_deepspeed_itself_loads_what_is_exported(engine: str, before: Any, after
         assert result["exported"] == (result["whole"], result["losses"], 3)
 
 
-@pytest.mark.slow
 def test_import_is_exact_into_another_stage(root: Path, before: Any) -> None:
     (results,) = on_ranks(1, crossed, str(root))
     for (source, target), whole in results.items():
@@ -149,7 +149,6 @@ def refusals(rank: int, root: str) -> dict[str, str]:
     return {**messages, "unsafe": str(caught.value)}
 
 
-@pytest.mark.slow
 def test_what_is_unsafe_or_not_whole_is_refused(tmp_path: Path) -> None:
     messages = on_ranks(2, refusals, str(tmp_path))[0]
     assert "Unsafe" in messages["whole"]

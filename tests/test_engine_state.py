@@ -89,6 +89,37 @@ def test_a_checkpoint_of_before_the_first_step(tmp_path: Path) -> None:
     on_ranks(1, load_before_any_step, str(tmp_path))
 
 
+def freeze_and_tie(model: Any) -> None:
+    model[0].weight.requires_grad_(False)
+    model[2].bias = model[0].bias
+
+
+def frozen_and_tied_without_zero(rank: int, root: str) -> None:
+    import torch
+
+    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+
+    engine = user_engine(prepare=freeze_and_tie)
+    train(engine, 2)
+    save_sharded(Path(root), DeepSpeedState(engine), step=2)
+    fresh = user_engine(prepare=freeze_and_tie)
+    with torch.no_grad():
+        for parameter in fresh.module.parameters():
+            parameter.add_(1.0)
+    load_sharded(Path(root), DeepSpeedState(fresh))
+    train(engine, 2)
+    train(fresh, 2)
+    assert fresh.module[2].bias is fresh.module[0].bias
+    for (name, mine), (_, theirs) in zip(
+        fresh.module.state_dict().items(), engine.module.state_dict().items(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+def test_frozen_and_tied_parameters_without_zero(tmp_path: Path) -> None:
+    on_ranks(1, frozen_and_tied_without_zero, str(tmp_path))
+
+
 def another_model(rank: int, root: str) -> None:
     from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
 

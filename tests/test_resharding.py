@@ -20,13 +20,16 @@ PAIRS = list(product(SIZES, SIZES))
 TRAINED = PAIRS if FULL else [(1, 2), (2, 3), (3, 3), (3, 4), (4, 1)]
 MORE = 50 if FULL else 8
 ENGINES = FP32 + BF16 if FULL else (*FP32, "zero3-bf16")
+TIMEOUT_S = 1800.0 if FULL else 240.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """What `originals` returned by number of ranks, and `resumed` by the same."""
     root = str(tmp_path_factory.mktemp("resharding"))
-    before = {size: on_ranks(size, originals, ENGINES, root, MORE) for size in SIZES}
+    before = {size: on_ranks(size, originals, ENGINES, root, MORE, timeout_s=TIMEOUT_S) for size in SIZES}
     after = {}
     for size in SIZES:
         wanted = [
@@ -34,11 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
             for engine, saved_by in product(ENGINES, SIZES)
             if engine in FP32 or (saved_by, size) in TRAINED
         ]
-        after[size] = on_ranks(size, resumed, wanted, root)
+        after[size] = on_ranks(size, resumed, wanted, root, timeout_s=TIMEOUT_S)
     return before, after
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("saved_by", SIZES)
 def test_every_size_resumes_the_same_state(engine: str, saved_by: int, runs: Any) -> None:
@@ -63,7 +65,6 @@ def curves(engine: str, runs: Any) -> Iterator[tuple[int, int, list[float], list
         yield saved_by, size, before[saved_by][0][engine]["losses"], after[size][0][engine, saved_by]["losses"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_training_goes_on_at_the_same_size_bit_for_bit(engine: str, runs: Any) -> None:
     same = [(undisturbed, losses) for saved_by, size, undisturbed, losses in curves(engine, runs) if saved_by == size]
@@ -72,7 +73,6 @@ def test_training_goes_on_at_the_same_size_bit_for_bit(engine: str, runs: Any) -
         assert losses == undisturbed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", FP32)
 def test_training_goes_on_at_another_size_within_rounding(engine: str, runs: Any) -> None:
     for saved_by, size, undisturbed, losses in curves(engine, runs):
@@ -80,7 +80,6 @@ def test_training_goes_on_at_another_size_within_rounding(engine: str, runs: Any
         assert losses == pytest.approx(undisturbed, rel=0, abs=1e-5), f"{saved_by} to {size}"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="needs every pair of sizes and 50 steps: CFE_TEST_FULL=1")
 @pytest.mark.parametrize("engine", BF16)
 def test_bf16_goes_on_no_further_off_than_another_size_is_anyway(engine: str, runs: Any) -> None:
