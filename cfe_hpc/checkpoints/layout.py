@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from cfe_hpc.checkpoints.protocols import Piece
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "DTYPE_BYTES", "Extent", "Placement", "divide", "place"]
+__all__ = ["BLOCK_BYTES", "CHUNK_BYTES", "DTYPE_BYTES", "SLICE_BYTES", "Extent", "Placement", "divide", "place"]
 
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 8 << 20
+SLICE_BYTES = 2 << 20
+"""A chunk is copied, summed and moved to or from the disk in slices, which stay in a core's cache for all of these."""
 
 DTYPE_BYTES = {
     "bool": 1,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cfe_hpc.checkpoints.layout import CHUNK_BYTES
+from cfe_hpc.checkpoints.layout import CHUNK_BYTES, SLICE_BYTES
 from cfe_hpc.checkpoints.memory import move, page_buffer
 from cfe_hpc.checkpoints.shard_reader import ShardReader
 
@@ -28,12 +28,12 @@ class Chunk:
     index: int
     parts: Sequence[_Stretch] = ()
 
-    def deliver(self, content: memoryview) -> None:
-        """Copy the parts out of the chunk's bytes."""
-        start, size_bytes = self.shard.bounds(self.index)
+    def deliver(self, start: int, content: memoryview) -> None:
+        """Copy what the parts want of a slice that begins at `start`."""
         for offset, out in self.parts:
-            low, high = max(offset, start), min(offset + len(out), start + size_bytes)
-            move(out[low - offset : high - offset], content[low - start : high - start])
+            low, high = max(offset, start), min(offset + len(out), start + len(content))
+            if low < high:
+                move(out[low - offset : high - offset], content[low - start : high - start])
 
 
 class Batch:
@@ -75,12 +75,10 @@ def read_all(chunks: Sequence[Chunk], *, direct: bool, progress: Callable[[int],
 
     def one(chunk: Chunk) -> None:
         if not hasattr(own, "buffer"):
-            own.buffer = page_buffer(CHUNK_BYTES)
-        content = own.buffer[: chunk.shard.bounds(chunk.index)[1]]
-        chunk.shard.read_chunk(chunk.index, content, direct=direct)
-        chunk.deliver(content)
+            own.buffer = page_buffer(SLICE_BYTES)
+        chunk.shard.scan_chunk(chunk.index, own.buffer, chunk.deliver, direct=direct)
         if progress is not None:
-            progress(len(content))
+            progress(chunk.shard.bounds(chunk.index)[1])
 
     pool = ThreadPoolExecutor(min(_THREADS, max(len(chunks), 1)), "checkpoint-reader")
     try:

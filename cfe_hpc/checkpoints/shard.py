@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
+from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
 from cfe_hpc.checkpoints.manifest import VERSION, FileFacts, Identity
 from cfe_hpc.checkpoints.memory import page_buffer
 from cfe_hpc.checkpoints.staging import Chunks
@@ -24,7 +24,7 @@ from cfe_hpc.errors import CheckpointError
 __all__ = ["MAGIC", "data_facts", "header", "num_chunks", "write_data", "write_file"]
 
 MAGIC = b"cfe_hpc shard data\n"
-_THREADS = 3
+_THREADS = 4
 """Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
 
 
@@ -118,12 +118,14 @@ def _allocate(fd: int, size_bytes: int) -> None:
 def _stream(fd: int, source: Chunks) -> tuple[int, ...]:
     own = threading.local()
 
-    def one(start: int) -> int:
+    def one(first: int) -> int:
         if not hasattr(own, "buffer"):
-            own.buffer = page_buffer(CHUNK_BYTES)
-        chunk = source.chunk(start, own.buffer[: min(CHUNK_BYTES, source.size_bytes - start)])
-        value = crc32c(chunk)
-        _write_all(fd, chunk, start)
+            own.buffer = page_buffer(SLICE_BYTES)
+        value, end = 0, min(first + CHUNK_BYTES, source.size_bytes)
+        for start in range(first, end, SLICE_BYTES):
+            content = source.chunk(start, own.buffer[: min(SLICE_BYTES, end - start)])
+            value = crc32c(content, value)
+            _write_all(fd, content, start)
         return value
 
     pool = ThreadPoolExecutor(_THREADS, "checkpoint-writer")

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cfe_hpc.checkpoints.checksum import crc32c
@@ -19,6 +19,9 @@ from cfe_hpc.errors import CorruptCheckpoint
 __all__ = ["ShardReader", "read_index"]
 
 _KEPT_CHUNKS = 4
+
+Take = Callable[[int, memoryview], None]
+"""Called with bytes of a data file and where they begin."""
 
 
 def read_index(folder: Path, rank: int) -> bytes:
@@ -127,37 +130,45 @@ class ShardReader:
             self._kept.popitem(last=False)
         return memoryview(kept)
 
-    def read_chunk(self, index: int, out: memoryview, *, direct: bool = False) -> None:
-        """Fill `out` with one chunk, checked, from the nearest copy in which it is as it was written.
+    def read_chunk(self, index: int, out: memoryview) -> None:
+        """Fill `out`, of as many bytes as `bounds` says, with one chunk. Raises CorruptCheckpoint."""
+        self.scan_chunk(index, out, lambda start, content: None)
+
+    def scan_chunk(self, index: int, buffer: memoryview, take: Take, *, direct: bool = False) -> None:
+        """Read one chunk, slice by slice, from the nearest copy in which it is as it was written.
 
         Args:
-            out: as many bytes as `bounds` says.
-            direct: read around the page cache where the filesystem can; `out` must then begin at a page.
+            buffer: memory for a slice.
+            take: called with each slice, before the chunk is checked as a whole: again when another copy is tried.
+            direct: read around the page cache where the filesystem can; `buffer` must then begin at a page.
 
         Raises:
             CorruptCheckpoint: no copy has it.
         """
         for place in list(self.places):
             try:
-                self._read_checked(place / self.name, index, out, direct)
+                self._scan(place / self.name, index, buffer, take, direct)
                 return
             except CorruptCheckpoint as error:
                 self._leave_out(place, error)
 
-    def _read_checked(self, path: Path, index: int, out: memoryview, direct: bool) -> None:
-        start, _ = self.bounds(index)
+    def _scan(self, path: Path, index: int, buffer: memoryview, take: Take, direct: bool) -> None:
+        first, size_bytes = self.bounds(index)
+        value, end = 0, first + size_bytes
         try:
             fd = _open(path, direct)
             try:
-                self._fill(fd, start, out)
+                for start in range(first, end, len(buffer)):
+                    content = buffer[: end - start]
+                    self._fill(fd, start, content)
+                    value = crc32c(content, value)
+                    take(start, content)
             finally:
                 os.close(fd)
         except OSError as error:
             raise _unreadable(self.name, error) from error
-        if crc32c(out) != self.index.chunks[index]:
-            raise CorruptCheckpoint(
-                f"{self.name} is altered: bytes {start} to {start + len(out)} differ from their checksum"
-            )
+        if value != self.index.chunks[index]:
+            raise CorruptCheckpoint(f"{self.name} is altered: bytes {first} to {end} differ from their checksum")
 
     def _fill(self, fd: int, start: int, out: memoryview) -> None:
         done = 0
