@@ -12,6 +12,7 @@ from cfe_hpc.checkpoints import marks
 from cfe_hpc.checkpoints.manifest import Manifest
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.rotation import glance, inventory, reasons
+from cfe_hpc.checkpoints.tiers import tiers_of
 from cfe_hpc.checkpoints.verified import recall
 from cfe_hpc.cli.checkpoints_common import chosen, open_chosen, policy_of, resumed_step
 from cfe_hpc.cli.common import find_run, print_json
@@ -30,7 +31,11 @@ def ls(args: argparse.Namespace) -> int:
     resumed = resumed_step(folder)
     protect = {} if resumed is None else {resumed: "resumed"}
     why = reasons(inventory(folder.checkpoints), policy_of(folder), protect)
-    rows = [_row(path, folder.run_id, why) for path in chosen(folder, args.step)]
+    tiers = tiers_of(folder.checkpoints)
+    rows = [
+        {**row, "tiers": tiers.get(row["step"], ["shared"])} if row["usable"] else row
+        for row in (_row(path, folder.run_id, why) for path in chosen(folder, args.step))
+    ]
     if args.json:
         print_json(rows)
         return 0
@@ -87,6 +92,7 @@ def _text(row: Mapping[str, Any]) -> str:
         f"{layout['engine']}{zero}",
         format_size(row["size_bytes"]),
         row["time"],
+        *([] if row["tiers"] == ["shared"] else [" and ".join(row["tiers"])]),
         _verified_text(verified),
         f"kept by {kept}" + (f" ({row['note']})" if row["note"] else ""),
         *(
