@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -18,13 +19,13 @@ from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_async import gone, saving, wait_for
 from test_checkpoint_store import content, find, put
 
-from cfe_hpc.checkpoints import drafts
+from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.store import Content, save
 from cfe_hpc.checkpoints.rotation import Retention
+from cfe_hpc.checkpoints.store import Content, save
 from cfe_hpc.checkpoints.workers import Worker
 from cfe_hpc.errors import CheckpointError
 
@@ -137,6 +138,27 @@ def test_a_folder_that_vanishes_meanwhile_fails_the_save_and_not_the_next(
     assert "No such file or directory" in failed_save(root, moment, remove) or moment == "index-written"
     put(root, SoloGroup(), 3)
     assert find(root, SoloGroup()) == (3, [])
+
+
+def test_a_step_saved_again_stays_as_it_was_when_its_replacement_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On filesystems that cannot exchange two folders it takes two renames, and the second may fail."""
+    put(tmp_path, SoloGroup(), 1)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if ".tmp-" in Path(source).name and Path(target).name == STEP1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_exchange", lambda one, other: False)
+        patch.setattr(folders.os, "rename", refuse)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            put(tmp_path, SoloGroup(), 1, attempt=1)
+    folders.sweep_trash(tmp_path)
+    assert find(tmp_path, SoloGroup(), attempt=2) == (1, [])
 
 
 def whole(step: int, size_bytes: int) -> Content:

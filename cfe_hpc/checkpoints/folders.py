@@ -99,7 +99,11 @@ def put_in_place(draft: Path, target: Path) -> None:
             os.rename(draft, aside)
         else:
             os.rename(target, aside)
-            os.rename(draft, target)
+            try:
+                os.rename(draft, target)
+            except OSError:
+                os.rename(aside, target)
+                raise
     else:
         os.rename(draft, target)
     fsync_dir(target.parent)

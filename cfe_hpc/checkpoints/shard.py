@@ -136,14 +136,16 @@ def _stream(fd: int, source: Chunks) -> tuple[int, ...]:
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    refused = False
     while data:
         try:
             written = os.pwrite(fd, data, offset)
         except OSError as error:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            # Not told by the flag: another thread may have met the same and cleared it since.
+            if error.errno != errno.EINVAL or refused:
                 raise
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            refused = True
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
             continue
         data, offset = data[written:], offset + written
 
