@@ -58,6 +58,10 @@ class Disk:
         """Take it out of the tree of files, while files on it may be open."""
         _call("umount", "--lazy", str(self.path))
 
+    def move(self, path: Path) -> None:
+        """Take it from where it is to another folder, while files on it may be open."""
+        _call("mount", "--move", str(self.path), str(path))
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Let every write wait, without end, until this is left."""

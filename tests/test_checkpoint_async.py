@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from checkpoint_groups import all_good, run_ranks
-from test_checkpoint_kill import check, kill, start, verified
 from test_checkpoint_store import content, find, small_disk
 
 from cfe_hpc.checkpoints.background import Background
@@ -82,7 +81,9 @@ def test_what_is_saved_is_the_state_when_the_save_began(tmp_path: Path) -> None:
         return steps
 
     assert all_good(run_ranks(2, work)) == [[1, 2, 3]] * 2
-    assert sorted(os.listdir(tmp_path)) == ["step-000000002", "step-000000003"]
+    # What the writer took out it deletes when nobody waits for it.
+    names = sorted(name for name in os.listdir(tmp_path) if not name.startswith(".trash-"))
+    assert names == ["step-000000002", "step-000000003"]
 
 
 def test_a_save_is_committed_at_boundaries_and_nothing_waits_there(tmp_path: Path) -> None:
@@ -181,33 +182,6 @@ def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Pat
             assert [name for name in os.listdir(tmp_path) if ".tmp-" in name and ".trash" not in name] == []
             assert find(tmp_path, SoloGroup()) == (newest_step or None, [])
     assert lost > KILLS // 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2], ids=["one rank", "two ranks"])
-def test_ranks_killed_at_any_moment_leave_a_verified_checkpoint_and_no_process(tmp_path: Path, size: int) -> None:
-    root, rng = tmp_path / "checkpoints", random.Random(size)
-    root.mkdir()
-    last, moments = 0, 0
-    for attempt in range(KILLS):
-        ranks = start(root, size, attempt, worker="checkpoint_async_worker.py")
-        writers = [wait_for(lambda rank=rank: children(rank.pid), "writers") for rank in ranks]
-        if attempt % 4 == 3:  # a writer alone, and then the ranks
-            time.sleep(0.2)
-            os.kill(writers[0][0], signal.SIGKILL)
-        words = kill(ranks, rng, rng.uniform(0.0, 0.4))
-        wait_for(lambda writers=writers: all(gone(pid) for pids in writers for pid in pids), "writers are gone")
-        assert all(int(resumed) >= last for resumed, *_ in words), "a committed step was lost"
-        done = max(int(step) for each in words for step in each)
-        moments += any(".tmp-" in name and ".trash-" not in name for name in os.listdir(root))
-        there = verified(root)
-        assert not done or done in there
-        last = done
-    opened = newest(root, run_id="run-1", attempt=KILLS, group=SoloGroup())
-    assert opened is not None and opened.step >= last > KILLS // 4
-    check(opened)
-    assert moments > KILLS // 8, "the kills missed the saves"
-    assert [name for name in os.listdir(root) if ".tmp-" in name and ".trash-" not in name] == []
 
 
 def children(pid: int) -> list[int]:

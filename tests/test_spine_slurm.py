@@ -20,11 +20,13 @@ from spine.harness import SMALL, LiveRun, cfe, site_file, training_job
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ALL = [
-    (kind, stage, variant)
+    (kind, stage, variant, saves)
+    for saves in ("beside", "at stops")
     for kind, stage in (("torch", 0), *(("deepspeed", z) for z in range(4)))
     for variant in ("rope", "irope")
 ]
-# Each engine once, the variants in turn; CFE_TEST_FULL=1 runs every pair.
+# Each engine once, the variants in turn, with checkpoints written beside training while it is disturbed (undisturbed,
+# training waits for its last one); CFE_TEST_FULL=1 runs every pair both ways.
 COMBINATIONS = ALL if os.environ.get("CFE_TEST_FULL") else [ALL[i] for i in (1, 2, 5, 6, 9)]
 AT_A_TIME = 3
 
@@ -49,7 +51,7 @@ class Fleet:
         self._root, self._data = root, data
         self._cluster = Cluster.start("--nodes", str(4 * AT_A_TIME))
         self._pool = ThreadPoolExecutor(AT_A_TIME)
-        self.outcomes: dict[tuple[str, int, str], Future[tuple[dict[str, Any], LiveRun]]] = {
+        self.outcomes: dict[tuple[str, int, str, str], Future[tuple[dict[str, Any], LiveRun]]] = {
             each: self._pool.submit(self._go_through, *each) for each in COMBINATIONS
         }
 
@@ -57,14 +59,16 @@ class Fleet:
         self._pool.shutdown(cancel_futures=True)
         self._cluster.stop()
 
-    def _go_through(self, kind: str, stage: int, variant: str) -> tuple[dict[str, Any], LiveRun]:
-        folder = self._root / f"{kind}-{stage}-{variant}"
+    def _go_through(self, kind: str, stage: int, variant: str, saves: str) -> tuple[dict[str, Any], LiveRun]:
+        folder = self._root / f"{kind}-{stage}-{variant}-{saves.replace(' ', '-')}"
         folder.mkdir()
         site = site_file(folder)
         words = {"kind": kind, "zero_stage": stage, "variant": variant, "data": self._data}
         # Whole nodes each: a preemptor sent for one run must not hit another.
         job = training_job(folder, **words, partition="spot", cpus=8)
         undisturbed = LiveRun.submit(job, site, cwd=folder, env=self._cluster.env)
+        if saves == "beside":
+            job = training_job(folder, **words, partition="spot", cpus=8, checkpoint={"every_steps": 1, "async": True})
         run = LiveRun.submit(job, site, cwd=folder, env=self._cluster.env, pace_s=0.5)
         for attempt in range(3):
             self._preempt(run, attempt)
@@ -101,9 +105,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Flee
     running.close()
 
 
-@pytest.mark.parametrize(("kind", "stage", "variant"), COMBINATIONS)
-def test_five_disturbances_change_no_bit(fleet: Fleet, kind: str, stage: int, variant: str) -> None:
-    undisturbed, run = fleet.outcomes[kind, stage, variant].result(timeout=880)
+@pytest.mark.parametrize(("kind", "stage", "variant", "saves"), COMBINATIONS)
+def test_five_disturbances_change_no_bit(fleet: Fleet, kind: str, stage: int, variant: str, saves: str) -> None:
+    undisturbed, run = fleet.outcomes[kind, stage, variant, saves].result(timeout=880)
     result = run.folder.result()
     assert result is not None
     assert (result["state"], result["final_step"]) == ("COMPLETED", SMALL["steps"])
@@ -115,6 +119,8 @@ def test_five_disturbances_change_no_bit(fleet: Fleet, kind: str, stage: int, va
     resumed = [event["step"] for event in run.events("resumed")]
     saved_at_stops = [event["step"] for event in run.events("requeued")]
     assert resumed == saved_at_stops
+    assert run.events("checkpoint_failed") == []
+    assert (len(run.events("checkpoint_saved")) > 20) == (saves == "beside")
 
 
 def small_run(cluster: Cluster, folder: Path, data: Path, partition: str, pace_s: float, **more: Any) -> LiveRun:
