@@ -228,7 +228,7 @@ def send(shard: Path, port: int, *, secret: bytes = SECRET, data: bytes | None =
 
 def test_the_partner_has_the_very_bytes(shard: Path, tmp_path: Path) -> None:
     home = node(tmp_path, 7).home
-    receiver = Receiver(home, SECRET, "127.0.0.1")
+    receiver = Receiver(home, SECRET)
     try:
         assert send(shard, receiver.port) is None
         for name in ("shard-00000.bin", "shard-00000.json"):
@@ -241,7 +241,7 @@ def test_the_partner_has_the_very_bytes(shard: Path, tmp_path: Path) -> None:
 
 def test_strangers_are_not_let_in_and_nobody_sends_to_one(shard: Path, tmp_path: Path) -> None:
     home = node(tmp_path, 7).home
-    receiver = Receiver(home, SECRET, "127.0.0.1")
+    receiver = Receiver(home, SECRET)
     try:
         assert send(shard, receiver.port, secret=bytes(32)) == "the partner has closed the connection"
         assert list(home.iterdir()) == []
@@ -262,7 +262,7 @@ def test_strangers_are_not_let_in_and_nobody_sends_to_one(shard: Path, tmp_path:
 
 
 def test_what_arrives_is_compared_with_what_was_written(shard: Path, tmp_path: Path) -> None:
-    receiver = Receiver(node(tmp_path, 7).home, SECRET, "127.0.0.1")
+    receiver = Receiver(node(tmp_path, 7).home, SECRET)
     content = bytearray((shard / "shard-00000.bin").read_bytes())
     content[9000] ^= 1
     try:

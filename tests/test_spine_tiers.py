@@ -145,8 +145,9 @@ def test_checkpoints_go_onward_and_come_back_when_nothing_else_is_left(submit: S
     result = run.wait_result()
     assert (result["state"], total(result)) == ("COMPLETED", TOTAL)
     assert [event["step"] for event in run.events("resumed")] == [10]
-    assert sorted(path.name for path in there.parents[1].iterdir()) == ["step-000000020", "step-000000030"]
     run.wait(lambda: tiers_of(run.folder.checkpoints)[30] == ["shared", "remote"], 30, "noted")
+    left = sorted(path.name for path in there.parents[1].iterdir())  # of those that came meanwhile, the newest
+    assert len(left) == 2 and left[-1] == "step-000000030"
 
 
 def test_a_remote_that_cannot_be_reached_costs_nothing(submit: Submit, tmp_path: Path) -> None:
@@ -158,6 +159,15 @@ def test_a_remote_that_cannot_be_reached_costs_nothing(submit: Submit, tmp_path:
     assert (result["state"], total(result)) == ("COMPLETED", TOTAL)
     degraded = run.wait(lambda: run.events("degraded"), 60, "told")
     assert degraded[0]["reason"] == "checkpoint_remote" and "step 30: " in degraded[0]["detail"]
+
+
+@full
+def test_ends_of_epochs_are_saved_at_their_very_step(start: Start) -> None:
+    checkpoint = {"every_steps": 1, "keep_last": 1, "keep_epochs": True}
+    run = start(checkpoint, entry="entries:epochs", params={"steps": 9, "epoch_steps": 4})
+    assert run.wait_result()["state"] == "COMPLETED"
+    assert {4, 8, 9} <= set(tiers_of(run.folder.checkpoints))
+    assert run.events("checkpoint_failed") == []
 
 
 @pytest.mark.slurm

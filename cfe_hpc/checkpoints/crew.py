@@ -103,7 +103,7 @@ class Crew:
         tier = self._tier
         if tier is None or not tier.partner:
             return b"null"
-        self.worker.ask({"do": "receive", "home": str(tier.home), "secret": meeting["secret"], "address": tier.address})
+        self.worker.ask({"do": "receive", "home": str(tier.home), "secret": meeting["secret"]})
         where = {"host": tier.address, "port": self.answer("port")}
         return json.dumps({"node": tier.node, "local_rank": tier.local_rank, **where}).encode()
 

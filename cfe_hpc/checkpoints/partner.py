@@ -47,10 +47,11 @@ class Receiver:
         port: where it listens.
     """
 
-    def __init__(self, home: Path, secret: bytes, address: str) -> None:
-        """Listen on `address`. Raises OSError when that is no address of this node."""
+    def __init__(self, home: Path, secret: bytes) -> None:
+        """Listen, on every address of this node: which of them others come by, their names do not tell. Raises OSError.
+        """
         self._home, self._secret = home, secret
-        self._listener = socket.create_server((address, 0), backlog=64)
+        self._listener = socket.create_server(("", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="checkpoint-partner", daemon=True).start()
 

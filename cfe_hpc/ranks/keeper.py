@@ -119,13 +119,9 @@ class Keeper:
         self._journal.event("checkpoint_failed", reason="corrupt", detail=f"{path.name}: {why}")
 
     def _load(self, opened: Opened) -> None:
-        tracked.restore(
-            opened,
-            self._objects,
-            group=self._place.group,
-            facts=self._facts,
-            device=self._place.device.torch_device(self._place.facts.local_rank),
-        )
+        place = self._place
+        device = place.device.torch_device(place.facts.local_rank)
+        tracked.restore(opened, self._objects, group=place.group, facts=self._facts, device=device)
 
     def due_by_time(self) -> bool:
         """Whether the schedule in time asks for a save now, by this rank's clock."""
@@ -161,7 +157,7 @@ class Keeper:
             Whether training was kept waiting.
         """
         if self._epoch is not None:  # this very step is meant, not the first that has time
-            self._finish_in_flight()
+            self._finish_in_flight(wholly=True)
             self._mark_epoch(done)
             self.begin(done)
             return True
@@ -227,9 +223,12 @@ class Keeper:
         if self._policy.keep_epochs or self._policy.export_epochs is not None:
             self._epoch = number
 
-    def _finish_in_flight(self) -> None:
-        if self._background is not None and self._background.in_flight is not None:
-            self._settle(self._background.in_flight, self._background.finish)
+    def _finish_in_flight(self, *, wholly: bool = False) -> None:
+        background = self._background
+        if background is not None and background.in_flight is not None:
+            self._settle(background.in_flight, background.finish)
+            if wholly and background.in_flight is not None:  # it waits on the nodes for the one before it
+                self._tiering.arrive(background, self._settle)
 
     def _mark_epoch(self, done: int) -> None:
         """Keep the checkpoint of `done` steps for the epoch that ended there: before rotation can see it."""
@@ -252,10 +251,8 @@ class Keeper:
             self._unhook = None
 
     def tidy(self, timeout_s: float) -> None:
-        """Have done what is left for later otherwise: nobody comes after a run that has completed. Not collective.
-
-        The last checkpoint goes on to the remote, and what rotation took out is deleted.
-        """
+        """Have the last checkpoint at the remote, and deleted what rotation took out: nobody comes after a run that has
+        completed. Not collective."""
         self._tiering.finish()
         if self._place.group.rank == 0 and not self._rotation.finish(timeout_s):
             logger.warning("deleted checkpoints still take space in %s; `checkpoints prune` frees it", self._root)

@@ -130,7 +130,9 @@ class Tiering:
         if told:
             self._degraded("checkpoint_copy", "; ".join(told))
 
-    def arrive(self, background: Background, settle: Settle, time_left_s: Callable[[], float | None]) -> None:
+    def arrive(
+        self, background: Background, settle: Settle, time_left_s: Callable[[], float | None] = lambda: None
+    ) -> None:
         """Wait until what is complete on the nodes is on the shared filesystem, too, or until time is up: then it
         stays where it is. Collective; rank 0's clock counts.
 
