@@ -23,7 +23,7 @@ CROSSED = (("zero1", "zero3"), ("zero3", "zero2"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S)]
 
 
-def saved(rank: int, root: str) -> dict[str, dict[str, Any]]:
+def saved(rank: int, root: str, more: int) -> dict[str, dict[str, Any]]:
     """Train with DeepSpeed alone, save, and go on undisturbed."""
     results = {}
     for engine in ENGINES:
@@ -31,16 +31,16 @@ def saved(rank: int, root: str) -> dict[str, dict[str, Any]]:
         training.train(0, SAVED_AT)
         training.deepspeed.save_checkpoint(f"{root}/{engine}-{training.world}", client_state={"epoch": 3})
         whole = training.whole()
-        results[engine] = {"whole": whole, "losses": training.train(SAVED_AT, SAVED_AT + MORE)}
+        results[engine] = {"whole": whole, "losses": training.train(SAVED_AT, SAVED_AT + more)}
     return results
 
 
-def loaded(rank: int, root: str) -> dict[tuple[str, int], dict[str, Any]]:
+def loaded(rank: int, root: str, sizes: tuple[int, ...], more: int) -> dict[tuple[str, int], dict[str, Any]]:
     """Import each of them, export it again, load the export with DeepSpeed alone, and go on with both."""
     from cfe_hpc.checkpoints.deepspeed_files import load_deepspeed_checkpoint, save_deepspeed_checkpoint
 
     results = {}
-    for engine, saved_by in product(ENGINES, SAVED_BY):
+    for engine, saved_by in product(ENGINES, sizes):
         training = Training(engine, seed=2)
         imported = load_deepspeed_checkpoint(training.deepspeed, f"{root}/{engine}-{saved_by}")
         whole, out = training.whole(), f"{root}/out-{engine}-{saved_by}-{training.world}"
@@ -50,20 +50,20 @@ def loaded(rank: int, root: str) -> dict[tuple[str, int], dict[str, Any]]:
         results[engine, saved_by] = {
             "facts": (imported.step, imported.world_size, imported.client_state),
             "whole": whole,
-            "losses": training.train(SAVED_AT, SAVED_AT + MORE),
-            "exported": (other.whole(), other.train(SAVED_AT, SAVED_AT + MORE), client_state["epoch"]),
+            "losses": training.train(SAVED_AT, SAVED_AT + more),
+            "exported": (other.whole(), other.train(SAVED_AT, SAVED_AT + more), client_state["epoch"]),
         }
     return results
 
 
-def crossed(rank: int, root: str) -> dict[tuple[str, str], Any]:
+def crossed(rank: int, root: str, saved_by: int) -> dict[tuple[str, str], Any]:
     """Import into another stage than the one that saved."""
     from cfe_hpc.checkpoints.deepspeed_files import load_deepspeed_checkpoint
 
     results = {}
     for source, target in CROSSED:
         training = Training(target, seed=2)
-        load_deepspeed_checkpoint(training.deepspeed, f"{root}/{source}-{SAVED_BY[-1]}")
+        load_deepspeed_checkpoint(training.deepspeed, f"{root}/{source}-{saved_by}")
         results[source, target] = training.whole()
     return results
 
@@ -75,12 +75,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def before(root: Path) -> dict[int, Any]:
-    return {size: on_ranks(size, saved, str(root), timeout_s=TIMEOUT_S)[0] for size in SAVED_BY}
+    return {size: on_ranks(size, saved, str(root), MORE, timeout_s=TIMEOUT_S)[0] for size in SAVED_BY}
 
 
 @pytest.fixture(scope="module")
 def after(root: Path, before: Any) -> dict[int, Any]:
-    return {size: on_ranks(size, loaded, str(root), timeout_s=TIMEOUT_S)[0] for size in LOADED_BY}
+    return {size: on_ranks(size, loaded, str(root), SAVED_BY, MORE, timeout_s=TIMEOUT_S)[0] for size in LOADED_BY}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -103,7 +103,7 @@ def test_deepspeed_itself_loads_what_is_exported(engine: str, before: Any, after
 
 
 def test_import_is_exact_into_another_stage(root: Path, before: Any) -> None:
-    (results,) = on_ranks(1, crossed, str(root))
+    (results,) = on_ranks(1, crossed, str(root), SAVED_BY[-1])
     for (source, target), whole in results.items():
         assert whole == before[SAVED_BY[-1]][source]["whole"], f"{source} into {target}"
 
