@@ -194,6 +194,28 @@ def test_a_writer_that_dies_costs_its_save(tmp_path: Path) -> None:
     all_good(run_ranks(2, work))
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_writer_that_dies_on_the_way_to_the_nodes_costs_its_save_on_all_ranks(tmp_path: Path, victim: int) -> None:
+    def work(group: Any) -> None:
+        with saving(tmp_path, group) as (saves, told):
+            saves.reserve(content(0, group))
+            saves._crew.worker.wait()
+            if group.rank == victim:
+                os.kill(saves.writer_pid, signal.SIGSTOP)
+            group.barrier()
+            saves.begin(content(1, group), step=1)
+            saves.settle()
+            if group.rank == victim:
+                os.kill(saves.writer_pid, signal.SIGKILL)
+            with pytest.raises(CheckpointError, match="writer process has ended"):
+                saves.finish()
+            assert saves.in_flight is None and told == []
+            saves.begin(content(2, group), step=2)
+            assert saves.finish() is None and saves.on_nodes == 2
+
+    all_good(run_ranks(2, work))
+
+
 def test_what_is_abandoned_stays_on_the_nodes(tmp_path: Path) -> None:
     def work(group: Any) -> None:
         with saving(tmp_path, group) as (saves, _):

@@ -23,6 +23,7 @@ from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
 from cfe_hpc.checkpoints.crew import Crew
 from cfe_hpc.checkpoints.drain import Drain
+from cfe_hpc.checkpoints.flight import Flight
 from cfe_hpc.checkpoints.layout import Placement, place
 from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.protocols import Group
@@ -31,6 +32,7 @@ from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.staging import Source, copy_threads
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
 from cfe_hpc.checkpoints.tiers import NodeTier, bytes_on_node, record
+from cfe_hpc.checkpoints.workers import WorkerLost
 from cfe_hpc.errors import CheckpointError, StagingError
 from cfe_hpc.units import format_size
 
@@ -43,35 +45,6 @@ _SLACK_BYTES = 1 << 20
 
 def _nobody(word: str, detail: str) -> None:
     del word, detail
-
-
-@dataclass(slots=True, kw_only=True)
-class _Flight:
-    """The save in flight.
-
-    Attributes:
-        needed_bytes: of all ranks' files, nearly.
-        handing: the thread that completes this rank's copy and asks its writer to write it.
-        problem: why this rank's part was never handed over; None while it may yet be, or was.
-        torn: whether that is because the state changed while it was copied.
-        request: what the writer was asked.
-        to_nodes: the save goes to the nodes first; taken back when it does not fit there.
-        complete: it is complete on the nodes, and waits for the one before it to arrive.
-        node_bytes: what comes to this node.
-    """
-
-    identity: Identity
-    draft: Path
-    needed_bytes: int
-    metrics: dict[str, float]
-    began_s: float
-    handing: threading.Thread | None = None
-    problem: str | None = None
-    torn: bool = False
-    request: dict[str, Any] = field(default_factory=dict)
-    to_nodes: bool = False
-    complete: bool = False
-    node_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +78,7 @@ class Background:
     drain: Drain | None = field(default=None, init=False)
     on_nodes: int | None = field(default=None, init=False)
     _crew: Crew = field(init=False)
-    _flight: _Flight | None = field(default=None, init=False)
+    _flight: Flight | None = field(default=None, init=False)
     _alone: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -158,7 +131,7 @@ class Background:
         identity = Identity(
             run_id=self.run_id, step=step, attempt=self.attempt, world_size=self.group.size, token=token
         )
-        flight = _Flight(
+        flight = Flight(
             identity=identity,
             draft=self.root / folders.draft_name(step, self.attempt, token),
             needed_bytes=sum(size_bytes for _, size_bytes in sizes),
@@ -203,19 +176,20 @@ class Background:
         flight = self._flight
         if flight is None or busy:
             return None
-        if flight.to_nodes:
-            self._advance_on_nodes(flight)
-            return None
-        self._flight = None
         try:
+            if flight.to_nodes:
+                self._advance_on_nodes(flight)
+                return None
+            self._flight = None
             return self._outcome(flight)
         except CheckpointError:
+            self._flight = None
             self.overlap = self.overlap and not self.group.all_max([int(flight.torn)])[0]
             if self.group.rank == 0:
                 shutil.rmtree(flight.draft, ignore_errors=True)
             raise
 
-    def _advance_on_nodes(self, flight: _Flight) -> None:
+    def _advance_on_nodes(self, flight: Flight) -> None:
         """The writers have written to the nodes, or one could not: then all write to the shared filesystem."""
         assert self.drain is not None
         if not flight.complete:
@@ -224,21 +198,26 @@ class Background:
             except CheckpointError as error:
                 flight.to_nodes = False
                 self.drain.keep(drop=flight.identity)
+                if self.group.all_max([int(flight.problem is not None)])[0]:
+                    raise  # a rank has nothing that it could write elsewhere
                 self.degraded("checkpoint_local", str(error))
-                if flight.problem is None:
-                    self._crew.worker.ask(flight.request)
+                self._crew.worker.ask(flight.request)
                 return
         if self.drain.step is None:
             self._flight = None
             self.drain.begin(self.group, flight.identity, flight.began_s)
 
-    def _complete(self, flight: _Flight) -> None:
+    def _complete(self, flight: Flight) -> None:
         """Note that a save is complete on the nodes. Raises CheckpointError: it is not; the same on every rank."""
 
         def written() -> bytes:
             if flight.problem is not None:
                 raise CheckpointError(flight.problem)
-            return json.dumps(self._crew.answer("without_partner")).encode()
+            try:
+                return json.dumps(self._crew.answer("without_partner")).encode()
+            except WorkerLost as error:
+                flight.problem = reason(error)
+                raise
 
         without = [json.loads(why) for why in all_ranks(self.group, written)]
         assert self.tier is not None
@@ -303,7 +282,7 @@ class Background:
         except OSError as error:
             raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
-    def _copy(self, flight: _Flight, placement: Placement, content: Content) -> None:
+    def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
         """Copy what must be copied now, and leave the rest to a thread that then asks the writer to write it all."""
         pieces = [*content.pieces, *content.own]
         source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
@@ -331,7 +310,7 @@ class Background:
         flight.handing = threading.Thread(target=hand_over, name="checkpoint-copy", daemon=True)
         flight.handing.start()
 
-    def _ask_write(self, flight: _Flight, placement: Placement, content: Content) -> None:
+    def _ask_write(self, flight: Flight, placement: Placement, content: Content) -> None:
         rank = self.group.rank
         num_shared = len(content.pieces)
         index = drafts.unwritten_index(flight.identity, rank, placement, num_shared=num_shared, state=content.state)
@@ -351,7 +330,7 @@ class Background:
         }
         self._crew.worker.ask({**flight.request, **self._to_node(flight)} if flight.to_nodes else flight.request)
 
-    def _to_node(self, flight: _Flight) -> dict[str, Any]:
+    def _to_node(self, flight: Flight) -> dict[str, Any]:
         """What is different in the request of a save that goes to the nodes first."""
         assert self.tier is not None
         return {
@@ -363,7 +342,7 @@ class Background:
             "partner": self._crew.partner,
         }
 
-    def _plan(self, flight: _Flight, content: Content) -> dict[str, Any]:
+    def _plan(self, flight: Flight, content: Content) -> dict[str, Any]:
         """What rank 0's writer needs to commit: what the manifest says, and what stays."""
         return {
             "layout": content.layout,
@@ -372,7 +351,7 @@ class Background:
             "protect": self.protect,
         }
 
-    def _give_up(self, flight: _Flight, problem: str) -> None:
+    def _give_up(self, flight: Flight, problem: str) -> None:
         """This rank has nothing to write: rank 0's writer is told, so that it does not wait."""
         flight.problem = problem
         try:
@@ -382,7 +361,7 @@ class Background:
         except OSError:
             return  # the writer has ended, as rank 0's notices by itself
 
-    def _outcome(self, flight: _Flight) -> CheckpointInfo:
+    def _outcome(self, flight: Flight) -> CheckpointInfo:
         """What has become of a save that nobody is busy with any more: rank 0's writer knows. Collective."""
         path = self.root / folders.step_name(flight.identity.step)
 

@@ -57,7 +57,7 @@ class NodeWriter:
         """Take shards of ranks on another node."""
         if self._receiver is None:
             self._secret = bytes.fromhex(request["secret"])
-            self._receiver = Receiver(Path(request["home"]), self._secret, request["address"])
+            self._receiver = Receiver(Path(request["home"]), self._secret)
         return {"port": self._receiver.port}
 
     def write(self, request: Mapping[str, Any]) -> dict[str, Any]:

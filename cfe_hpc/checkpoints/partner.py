@@ -48,8 +48,7 @@ class Receiver:
     """
 
     def __init__(self, home: Path, secret: bytes) -> None:
-        """Listen, on every address of this node: which of them others come by, their names do not tell. Raises OSError.
-        """
+        """Listen, on every address: which of them others come by, the node's name does not tell. Raises OSError."""
         self._home, self._secret = home, secret
         self._listener = socket.create_server(("", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
