@@ -106,8 +106,13 @@ def test_staging_copies_any_range_of_the_file(sizes: list[int], start: int, leng
         assert extent.offset % BLOCK_BYTES == 0
         expected[extent.offset : extent.offset + len(content)] = content
     out = bytearray(b"?" * max(0, min(length, placement.size_bytes - start)))
-    Source(head, placement, [piece.data for piece in pieces]).copy(start, memoryview(out))
+    source = Source(head, placement, [piece.data for piece in pieces])
+    source.chunk(start, memoryview(out))
     assert out == expected[start : start + len(out)]
+    whole = bytearray(b"?" * placement.size_bytes)
+    source.lay_out(memoryview(whole))
+    ends = list(source.copy(range(len(pieces)), memoryview(whole)))
+    assert whole == expected and ends == sorted(ends)
 
 
 def read_by_description(folder: Path, name: str) -> bytes:

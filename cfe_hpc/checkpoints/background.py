@@ -29,7 +29,7 @@ from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.shard import header
-from cfe_hpc.checkpoints.staging import Source, copy_threads
+from cfe_hpc.checkpoints.staging import TAKEN_BACK, Source, copy_threads
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
 from cfe_hpc.checkpoints.tiers import NodeTier, bytes_on_node, record
 from cfe_hpc.checkpoints.workers import WorkerLost
@@ -184,6 +184,7 @@ class Background:
             return self._outcome(flight)
         except CheckpointError:
             self._flight = None
+            # What changes outside of an optimizer's step is copied while training waits, from now on.
             self.overlap = self.overlap and not self.group.all_max([int(flight.torn)])[0]
             if self.group.rank == 0:
                 shutil.rmtree(flight.draft, ignore_errors=True)
@@ -283,32 +284,40 @@ class Background:
             raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
-        """Copy what must be copied now, and leave the rest to a thread that then asks the writer to write it all."""
+        """Copy what must be copied now; a thread asks the writer to follow the copy, and copies the rest."""
         pieces = [*content.pieces, *content.own]
         source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
-        staged = self._crew.worker.arena.view(placement.size_bytes)
+        arena = self._crew.worker.arena
+        arena.filled_bytes = 0
+        staged = arena.view(placement.size_bytes)
         later = [at for at, piece in enumerate(pieces) if piece.steady and self.overlap]
         now = [at for at, piece in enumerate(pieces) if not (piece.steady and self.overlap)]
-        source.copy(now, staged, copy_threads())
 
         def hand_over() -> None:
             try:
-                source.copy(later, staged)
-                flight.torn = bool(later) and not content.unchanged()
-                if flight.torn:
-                    raise CheckpointError(
-                        "the state was changed while it was copied, outside of an optimizer's step; "
-                        "from now on training waits for the copy"
-                    )
-                source.lay_out(staged)
                 self._ask_write(flight, placement, content)
+                for end in source.copy(later, staged):
+                    arena.filled_bytes = min(end, placement.size_bytes - 1)
+                flight.torn = bool(later) and not content.unchanged()
+                if later:
+                    arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
             except ConnectionError:
                 pass  # the writer has ended: its answer says how
             except Exception as error:  # told when all ranks meet again
+                arena.filled_bytes = TAKEN_BACK
                 self._give_up(flight, reason(error))
 
+        source.lay_out(staged)
         flight.handing = threading.Thread(target=hand_over, name="checkpoint-copy", daemon=True)
+        if later:
+            for _ in source.copy(now, staged, copy_threads()):
+                pass
+            flight.handing.start()
+            return
         flight.handing.start()
+        for end in source.copy(now, staged, copy_threads()):
+            arena.filled_bytes = end
+        arena.filled_bytes = placement.size_bytes
 
     def _ask_write(self, flight: Flight, placement: Placement, content: Content) -> None:
         rank = self.group.rank

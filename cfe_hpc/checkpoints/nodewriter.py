@@ -26,12 +26,15 @@ from cfe_hpc.runfolder import utc_now
 __all__ = ["NodeWriter", "manifest_of", "staged"]
 
 
-def staged(arena: Arena, request: Mapping[str, Any]) -> tuple[memoryview, ShardIndex, dict[str, Any]]:
-    """What lies in an arena, in turn: a data file, its unwritten index and, rank 0's, a plan."""
+def staged(arena: Arena, request: Mapping[str, Any]) -> tuple[Staged, ShardIndex, dict[str, Any]]:
+    """What lies in an arena, in turn: a data file, its unwritten index and, rank 0's, a plan.
+
+    The data file may still be being copied there.
+    """
     data_bytes, index_bytes = request["data_bytes"], request["index_bytes"]
     content = arena.view(data_bytes + index_bytes + request["plan_bytes"])
     index = ShardIndex.unseal(bytes(content[data_bytes : data_bytes + index_bytes]), index_name(request["rank"]))
-    return content[:data_bytes], index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
+    return Staged(arena, data_bytes), index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
 
 
 def manifest_of(index: ShardIndex, plan: Mapping[str, Any], facts: list[bytes]) -> Manifest:
@@ -88,16 +91,17 @@ class NodeWriter:
             raise
         return {"local_s": time.monotonic(), "without_partner": without_partner}
 
-    def _write_shard(self, request: Mapping[str, Any], index: ShardIndex, data: memoryview) -> tuple[str, str | None]:
+    def _write_shard(self, request: Mapping[str, Any], index: ShardIndex, data: Staged) -> tuple[str, str | None]:
         """What the manifest says of the shard; why the partner has no copy, None when it has (or there is none)."""
         home, name = Path(request["home"]), nodelocal.copy_name(index.identity)
         nodelocal.check_room(home, name, request["node_bytes"], request["limit_bytes"])
         (home / name).mkdir(mode=0o700, exist_ok=True)
         sending = None
         if request["partner"] is not None:
-            sending = Sending(request["partner"], self._secret, name, index.rank, data)
+            self._arena.await_filled(data.size_bytes)
+            sending = Sending(request["partner"], self._secret, name, index.rank, self._arena.view(data.size_bytes))
         try:
-            facts = drafts.write_shard(home / name, index, Staged(data)).decode()
+            facts = drafts.write_shard(home / name, index, data).decode()
         except BaseException:
             if sending is not None:
                 sending.abandon()

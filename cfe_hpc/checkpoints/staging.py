@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from cfe_hpc.checkpoints.layout import Placement
+from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
 from cfe_hpc.checkpoints.memory import move
+from cfe_hpc.errors import CheckpointError
 
-__all__ = ["Arena", "Chunks", "Source", "Staged", "copy_threads"]
+__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads"]
+
+TAKEN_BACK = -1
+"""Of an arena's `filled_bytes`: what was to be copied is not what was to be saved."""
 
 _STRIDE_BYTES = 1 << 20
+_WORD_BYTES = 8
+_POLL_S = 0.0003
 _STRETCH_BYTES = 8 << 20
 _MAX_THREADS = 4
 """More than these gain little: memory is what they share."""
@@ -70,20 +77,29 @@ class Source:
             out[begin + len(view) : end] = bytes(end - begin - len(view))
         out[: len(self._header)] = self._header
 
-    def copy(self, pieces: Iterable[int], out: memoryview, threads: int = 1) -> None:
-        """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size."""
+    def copy(self, pieces: Iterable[int], out: memoryview, threads: int = 1) -> Iterator[int]:
+        """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size.
+
+        Yields:
+            Where what is copied ends, again and again; of these pieces, everything before that is there.
+        """
         stretches = [
-            (out[at + low : at + min(low + _STRETCH_BYTES, len(view))], view[low : low + _STRETCH_BYTES])
+            (at + low, view[low : low + _STRETCH_BYTES])
             for at, view in (self._data[piece] for piece in pieces)
             for low in range(0, len(view), _STRETCH_BYTES)
         ]
+
+        def one(stretch: tuple[int, memoryview]) -> int:
+            at, view = stretch
+            end = at + len(view)
+            move(out[at:end], view)
+            return end
+
         if threads == 1 or len(stretches) < 2:
-            for target, view in stretches:
-                move(target, view)
+            yield from map(one, stretches)
             return
         with ThreadPoolExecutor(threads, "checkpoint-copy") as pool:
-            for done in [pool.submit(move, *stretch) for stretch in stretches]:
-                done.result()
+            yield from pool.map(one, stretches)
 
 
 def copy_threads() -> int:
@@ -92,16 +108,18 @@ def copy_threads() -> int:
 
 
 class Staged:
-    """A data file that lies in an arena, whole; a `Chunks`.
+    """A data file that lies in an arena, or is still being copied there from its first byte on; a `Chunks`.
 
     Chunks are copied out all the same: shared memory has no huge pages, and a disk takes them so much faster that the
     copy is paid for (see memory.page_buffer).
     """
 
-    def __init__(self, content: memoryview) -> None:
-        self.size_bytes, self._content = len(content), content
+    def __init__(self, arena: Arena, size_bytes: int) -> None:
+        self.size_bytes, self._arena = size_bytes, arena
+        self._content = arena.view(size_bytes)
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        self._arena.await_filled(start + len(buffer))
         move(buffer, self._content[start : start + len(buffer)])
         return buffer
 
@@ -109,7 +127,8 @@ class Staged:
 class Arena:
     """Memory that a rank and its writer share: it has no name, and is gone when both processes are.
 
-    The rank makes it and alone makes it larger; the writer attaches to its file descriptor.
+    The rank makes it and alone makes it larger; the writer attaches to its file descriptor. A page before what is
+    shared tells how much of it is filled: the writer need not wait for the rank's copy to end.
     """
 
     def __init__(self, fd: int | None = None) -> None:
@@ -119,19 +138,19 @@ class Arena:
     @property
     def size_bytes(self) -> int:
         """What is reserved, or attached to."""
-        return len(self._memory)
+        return max(len(self._memory) - BLOCK_BYTES, 0)
 
     def reserve(self, size_bytes: int) -> None:
         """Have at least `size_bytes`, every page of it there and mapped, so that a copy into it is nothing but a copy.
 
-        What lies in it is lost when it grows.
+        What lies in it stays.
 
         Raises:
-            OSError: there is no memory for it; what was there before stays.
+            OSError: there is no memory for it.
         """
-        if size_bytes <= len(self._memory):
+        if size_bytes <= self.size_bytes:
             return
-        whole = -(-size_bytes // _STRIDE_BYTES) * _STRIDE_BYTES
+        whole = -(-(size_bytes + BLOCK_BYTES) // _STRIDE_BYTES) * _STRIDE_BYTES
         try:
             os.posix_fallocate(self.fd, 0, whole)
         except OSError:
@@ -142,9 +161,29 @@ class Arena:
 
     def view(self, size_bytes: int) -> memoryview:
         """The first `size_bytes`; reserved before, by this process or by the one that made the arena."""
-        if size_bytes > len(self._memory):
+        if size_bytes > self.size_bytes:
             self._map(os.fstat(self.fd).st_size)
-        return self._memory[:size_bytes]
+        return self._memory[BLOCK_BYTES : BLOCK_BYTES + size_bytes]
+
+    @property
+    def filled_bytes(self) -> int:
+        """The bytes, from the first on, that the writer may take; TAKEN_BACK when it never may."""
+        return int.from_bytes(self._memory[:_WORD_BYTES], "little", signed=True)
+
+    @filled_bytes.setter
+    def filled_bytes(self, value: int) -> None:
+        self._memory[:_WORD_BYTES] = value.to_bytes(_WORD_BYTES, "little", signed=True)
+
+    def await_filled(self, size_bytes: int) -> None:
+        """Wait until the first `size_bytes` are filled.
+
+        Raises:
+            CheckpointError: they never will be.
+        """
+        while (filled := self.filled_bytes) < size_bytes:
+            if filled == TAKEN_BACK:
+                raise CheckpointError("the state was changed while it was copied, outside of an optimizer's step")
+            time.sleep(_POLL_S)
 
     def _map(self, size_bytes: int) -> None:
         mapped = mmap.mmap(self.fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

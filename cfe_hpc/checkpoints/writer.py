@@ -24,7 +24,7 @@ from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import kind_of, reason
 from cfe_hpc.checkpoints.company import Company
 from cfe_hpc.checkpoints.nodewriter import NodeWriter, manifest_of, staged
-from cfe_hpc.checkpoints.staging import Arena, Staged
+from cfe_hpc.checkpoints.staging import Arena
 from cfe_hpc.checkpoints.tidying import Tidying
 
 __all__ = ["HELD_SIGNALS", "MESSAGE_BYTES", "main", "serve"]
@@ -117,15 +117,14 @@ class _Writer:
         else:
             draft.parent.mkdir(exist_ok=True)  # whichever rank comes first; and see `claim`
             draft.mkdir(exist_ok=True)
-        source = Staged(data)
         if rank == 0:
-            facts = drafts.write_shard(draft, index, source).decode()
+            facts = drafts.write_shard(draft, index, data).decode()
             manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))
             drafts.commit(draft.parent, draft, manifest)
             self._tidying.due(draft.parent, plan["policy"], plan["protect"])
             return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
         try:
-            facts = drafts.write_shard(draft, index, source).decode()
+            facts = drafts.write_shard(draft, index, data).decode()
         except Exception as error:
             self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
             raise
