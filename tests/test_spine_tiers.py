@@ -85,7 +85,7 @@ def test_a_lost_node_costs_no_step_of_what_was_complete_on_the_nodes(start: Star
 
 
 def test_a_stop_with_too_little_time_for_the_shared_filesystem_ends_on_the_nodes(start: Start) -> None:
-    run = start({"every_steps": 100}, slurm={"kill_wait": 6.0})
+    run = start({"every_steps": 100}, slurm={"kill_wait": 5.0})
     with_stopped_drainers(run)
     run.wait_step(4, attempt=0)
     os.kill(supervisor_of(run), signal.SIGTERM)
