@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -22,11 +23,17 @@ __all__ = ["append_ndjson", "fsync_dir", "read_ndjson", "read_toml", "write_atom
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames and new names in `folder` durable. Filesystems that cannot sync a folder are left alone."""
+    """Make renames and new names in `folder` durable. Filesystems that cannot sync a folder are left alone.
+
+    Raises:
+        OSError: the disk failed.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(fd)
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     finally:
         os.close(fd)
 

@@ -241,6 +241,7 @@ class Background:
             self.settle()
             if self._flight.problem is None:
                 self._crew.worker.wait()
+            self.group.barrier()  # a draft that one has failed to write is removed when no other writes there
             done = self.advance(busy=False)
         return done
 
@@ -284,7 +285,10 @@ class Background:
             raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
-        """Copy what must be copied now; a thread asks the writer to follow the copy, and copies the rest."""
+        """Copy what must be copied now; a thread asks the writer to write it, and to follow it as it copies the rest.
+
+        While training waits, the writer does, too: the cores and the memory are the copy's.
+        """
         pieces = [*content.pieces, *content.own]
         source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
         arena = self._crew.worker.arena
@@ -299,25 +303,16 @@ class Background:
                 for end in source.copy(later, staged):
                     arena.filled_bytes = min(end, placement.size_bytes - 1)
                 flight.torn = bool(later) and not content.unchanged()
-                if later:
-                    arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
-            except ConnectionError:
-                pass  # the writer has ended: its answer says how
+                arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
             except Exception as error:  # told when all ranks meet again
                 arena.filled_bytes = TAKEN_BACK
                 self._give_up(flight, reason(error))
 
         source.lay_out(staged)
+        for _ in source.copy(now, staged, copy_threads()):
+            pass
         flight.handing = threading.Thread(target=hand_over, name="checkpoint-copy", daemon=True)
-        if later:
-            for _ in source.copy(now, staged, copy_threads()):
-                pass
-            flight.handing.start()
-            return
         flight.handing.start()
-        for end in source.copy(now, staged, copy_threads()):
-            arena.filled_bytes = end
-        arena.filled_bytes = placement.size_bytes
 
     def _ask_write(self, flight: Flight, placement: Placement, content: Content) -> None:
         rank = self.group.rank
@@ -363,12 +358,9 @@ class Background:
     def _give_up(self, flight: Flight, problem: str) -> None:
         """This rank has nothing to write: rank 0's writer is told, so that it does not wait."""
         flight.problem = problem
-        try:
-            self._crew.worker.ask(
-                {"do": "give_up", "token": flight.identity.token, "why": problem, "kind": CheckpointError.__name__}
-            )
-        except OSError:
-            return  # the writer has ended, as rank 0's notices by itself
+        self._crew.worker.ask(
+            {"do": "give_up", "token": flight.identity.token, "why": problem, "kind": CheckpointError.__name__}
+        )
 
     def _outcome(self, flight: Flight) -> CheckpointInfo:
         """What has become of a save that nobody is busy with any more: rank 0's writer knows. Collective."""

@@ -39,9 +39,7 @@ class ShardReader:
 
     Attributes:
         index: what the rank saved, and where in its data file.
-        places: folders with a copy of the data file, the nearest first; one that is found bad is left out from then
-            on, as long as there is another.
-        faults: why copies were left out, a line each.
+        places: folders with a copy of the data file, the nearest first.
     """
 
     def __init__(self, places: Sequence[Path], rank: int, identity: Identity, facts: FileFacts, content: bytes) -> None:
@@ -58,7 +56,7 @@ class ShardReader:
         self.rank = rank
         self.name = data_name(rank)
         self.places = list(places)
-        self.faults: list[str] = []
+        self._faults: dict[Path, str] = {}
         self.index = _checked_index(content, rank, identity, facts)
         self._kept: OrderedDict[int, bytearray] = OrderedDict()
 
@@ -74,7 +72,10 @@ class ShardReader:
             try:
                 self._check_header(place, expected)
             except CorruptCheckpoint as error:
-                self._leave_out(place, error)
+                if self.places == [place]:
+                    raise
+                self.places.remove(place)
+                self._note(place, error)
 
     def _check_header(self, place: Path, expected: FileFacts) -> None:
         path = place / self.name
@@ -90,13 +91,13 @@ class ShardReader:
             verb = "is truncated" if size_bytes < expected.size_bytes else "has grown"
             raise CorruptCheckpoint(f"{self.name} {verb}: {size_bytes} bytes instead of {expected.size_bytes}")
 
-    def _leave_out(self, place: Path, error: CorruptCheckpoint) -> None:
-        """Raises `error` when there is no other copy."""
-        if self.places == [place]:
-            raise error
-        if place in self.places:  # threads may have met the same fault
-            self.places.remove(place)
-            self.faults.append(f"{place}: {error}")
+    def _note(self, place: Path, error: CorruptCheckpoint) -> None:
+        self._faults.setdefault(place, f"{place}: {error}")
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with copies that another stood in for so far, a line for each."""
+        return list(self._faults.values())
 
     def bounds(self, index: int) -> tuple[int, int]:
         """(first byte, bytes) of a chunk."""
@@ -145,12 +146,14 @@ class ShardReader:
         Raises:
             CorruptCheckpoint: no copy has it.
         """
-        for place in list(self.places):
+        for place in self.places:
             try:
                 self._scan(place / self.name, index, buffer, take, direct)
                 return
             except CorruptCheckpoint as error:
-                self._leave_out(place, error)
+                if place == self.places[-1]:
+                    raise
+                self._note(place, error)
 
     def _scan(self, path: Path, index: int, buffer: memoryview, take: Take, direct: bool) -> None:
         first, size_bytes = self.bounds(index)

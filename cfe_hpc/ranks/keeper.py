@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -287,7 +288,8 @@ class Keeper:
         self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
         freed: list[int] = []
         if isinstance(error, DiskFull) and not self._tried_again:
-            freed = json.loads(first_rank(self._place.group, lambda: json.dumps(self._make_room()).encode()))
+            with contextlib.suppress(CheckpointError):  # the folder cannot be listed: nothing is freed
+                freed = json.loads(first_rank(self._place.group, lambda: json.dumps(self._make_room()).encode()))
         self._tried_again = bool(freed)
         if freed:
             detail = f"{error}; deleted step {', '.join(map(str, freed))}, trying once more"
