@@ -41,6 +41,18 @@ class TorchEngine:
         self._accumulate = accumulate
         self._device = device
         self._bf16 = spec.precision == "bf16"
+        if self._wrapped is not None:
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """One pass whose gradients are thrown away. Collective.
+
+        DDP puts gradients into buckets anew after a process's first backward, which changes the order that three or
+        more ranks add them up in: a run that resumes must add as the one that went on.
+        """
+        tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+        self.forward_backward(tokens_BT, tokens_BT, is_last=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, *, is_last: bool) -> Tensor:
         quiet = nullcontext() if is_last or self._wrapped is None else self._wrapped.no_sync()
