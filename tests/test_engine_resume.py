@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
-from train_ranks import digest, load_sharded, on_ranks, save_sharded
+from train_ranks import GlooGroup, digest, load_sharded, on_ranks, save_sharded
 
 from cfe_hpc.config.job import Engine as EngineSpec
 
@@ -119,3 +120,29 @@ def test_resume_at_another_world_size_goes_on_from_the_same_state(world_size: in
             assert results[name]["norms"] == pytest.approx(reference, rel=1e-4), (rank, name)
             for parameter, expected in again[0][name]["weights"].items():
                 numpy.testing.assert_allclose(results[name]["weights"][parameter], expected, rtol=1e-4, atol=1e-5)
+
+
+def ddp(rank: int, root: str, seed: int, first: int, last: int) -> tuple[list[float], str]:
+    """Steps [first, last) of plain torch on three ranks, from the newest checkpoint to one of the last step."""
+    from cfe_hpc.checkpoints.store import resume, save
+    from cfe_hpc.checkpoints.tracked import capture, restore
+
+    group = GlooGroup()
+    params, engine = make(EngineSpec(kind="torch"), seed=seed, world_size=3)
+    tracked = engine.tracked()
+    load = partial(restore, objects=tracked, group=group)
+    opened = resume(Path(root), load, run_id="r", attempt=first, group=group)
+    assert (opened.step if opened else 0) == first
+    norms = train(params, engine, first, last, rank=rank, world_size=3)
+    content = capture(tracked, group=group)
+    save(Path(root), content, step=last, attempt=first, run_id="r", group=group)
+    return norms, digest(sorted(tracked["model"].state_dict().items()))
+
+
+@pytest.mark.slow
+def test_plain_torch_on_three_ranks_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = on_ranks(3, ddp, str(tmp_path / "whole"), 1, 0, STEPS)
+    parts = [on_ranks(3, ddp, str(tmp_path / "parts"), *words) for words in ((1, 0, STOP_AT), (2, STOP_AT, STEPS))]
+    for rank in range(3):
+        assert parts[0][rank][0] + parts[1][rank][0] == whole[rank][0]
+        assert parts[1][rank][1] == whole[rank][1]
