@@ -283,7 +283,7 @@ class Keeper:
     def _failed(self, step: int, error: CheckpointError) -> bool:
         """Tell of a save that failed, the same on every rank; whether there is room now to try once more. Collective.
 
-        What rotation would have deleted after it makes room for it; the newest checkpoint always stays.
+        On a full disk, older checkpoints that only `keep_last` keeps make room for it; the newest always stays.
         """
         self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
         freed: list[int] = []
