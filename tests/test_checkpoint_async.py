@@ -86,6 +86,56 @@ def test_what_is_saved_is_the_state_when_the_save_began(tmp_path: Path) -> None:
     assert names == ["step-000000002", "step-000000003"]
 
 
+def live(step: int, memory: bytearray, other: bytearray, **options: Any) -> Content:
+    """A large piece that is steady, and a small one that is not."""
+    pieces = [
+        Piece(name="w", dtype="uint8", shape=(len(memory),), start=0, data=memoryview(memory), steady=True),
+        Piece(name="b", dtype="uint8", shape=(len(other),), start=0, data=memoryview(other)),
+    ]
+    return Content(pieces=pieces, state=step, **options)
+
+
+def read_back(root: Path, step: int) -> list[bytes]:
+    opened = newest(root, run_id="run-1", attempt=1, group=SoloGroup())
+    assert opened is not None and opened.step == step
+    outs = []
+    for name in ("w", "b"):
+        out = bytearray(opened.reader.describe(name)[1][0])
+        opened.reader.read_into(name, 0, memoryview(out))
+        outs.append(bytes(out))
+    return outs
+
+
+def test_with_overlap_only_steady_pieces_wait_to_be_copied(tmp_path: Path) -> None:
+    memory, other = bytearray(random.Random(1).randbytes(50 << 20)), bytearray(b"now" * 1000)
+    before = [bytes(memory), bytes(other)]
+    with saving(tmp_path, SoloGroup(), overlap=True) as saves:
+        for step in (1, 2):
+            memory[:], other[:] = before
+            saves.begin(live(step, memory, other), step=step)
+            other[:] = bytes(len(other))
+            saves.settle()
+            memory[:] = bytes(len(memory))
+            assert saves.finish() is not None
+            assert read_back(tmp_path, step) == before
+
+
+def test_a_state_that_changed_while_it_was_copied_is_thrown_away(tmp_path: Path) -> None:
+    memory, other = bytearray(b"x" * (20 << 20)), bytearray(b"y")
+    with saving(tmp_path, SoloGroup(), overlap=True) as saves:
+        saves.begin(live(1, memory, other), step=1)
+        assert saves.finish() is not None
+        saves.begin(live(2, memory, other, unchanged=lambda: False), step=2)
+        with pytest.raises(CheckpointError, match="changed while it was copied, outside of an optimizer's step"):
+            saves.finish()
+        assert not saves.overlap
+        assert sorted(os.listdir(tmp_path)) == ["step-000000001"]
+        saves.begin(live(3, memory, other), step=3)
+        memory[:] = bytes(len(memory))
+        assert saves.finish() is not None
+    assert read_back(tmp_path, 3) == [b"x" * (20 << 20), b"y"]
+
+
 def test_a_save_is_committed_at_boundaries_and_nothing_waits_there(tmp_path: Path) -> None:
     def work(group: Any) -> int:
         with saving(tmp_path, group) as saves:

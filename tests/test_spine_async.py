@@ -47,8 +47,8 @@ def test_a_run_stopped_again_and_again_loses_nothing(submit: Submit) -> None:
     assert (result["state"], result["attempts"], result["lost_steps"], total(result)) == ("COMPLETED", 3, 0, TOTAL)
     assert [event["step"] for event in run.events("resumed")] == [event["step"] for event in run.events("requeued")]
     assert run.events("checkpoint_failed") == []
-    # One in flight at most, and each takes two boundaries: with one due at each, some must wait.
-    assert {event["reason"] for event in run.events("degraded")} == {"checkpoint_late"}
+    # One in flight at most: with one due at each boundary, some may have to wait.
+    assert {event["reason"] for event in run.events("degraded")} <= {"checkpoint_late"}
     saved = [event["step"] for event in run.events("checkpoint_saved")]
     assert saved == sorted(set(saved)) and saved[-1] == 30
     assert len(list(run.folder.checkpoints.iterdir())) in (2, 3)
@@ -69,6 +69,17 @@ def test_a_stop_waits_for_the_save_in_flight_and_then_saves_its_own_step(submit:
     assert (result["state"], result["lost_steps"], total(result)) == ("COMPLETED", 0, TOTAL)
     saved = [event["step"] for event in run.events("checkpoint_saved") if event["attempt"] == 0]
     assert saved == [5, run.events("requeued")[0]["step"]] and saved[1] >= 7
+
+
+def test_a_save_that_comes_due_too_early_waits_and_says_so(submit: Submit) -> None:
+    run, writer = with_stopped_writer(submit)
+    run.wait(lambda: run.events("degraded"), 30, "late")
+    os.kill(writer, signal.SIGCONT)
+    assert run.wait_result()["state"] == "COMPLETED"
+    (late,) = run.events("degraded")
+    assert (late["step"], late["reason"]) == (10, "checkpoint_late") and "step 5" in late["detail"]
+    first, second, *_ = [event["step"] for event in run.events("checkpoint_saved")]
+    assert first == 5 and 10 < second < 15
 
 
 def test_a_writer_that_is_killed_costs_one_checkpoint(submit: Submit) -> None:
@@ -108,7 +119,7 @@ def test_weights_are_those_of_an_undisturbed_run(tmp_path: Path, data: Path, kin
         return LiveRun.submit(job, "local", cwd=tmp_path, env=os.environ, pace_s=pace_s)
 
     undisturbed = start("undisturbed", {"every_steps": 10}, 0.0).wait_result()
-    run = start("disturbed", {"every_steps": 2, "async": True}, 0.2)
+    run = start("disturbed", {"every_steps": 2, "async": True, "overlap": True}, 0.2)
     for attempt, step in enumerate((5, 14)):
         run.wait_step(step, attempt=attempt)
         assert len(writers(run)) == 2
