@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from cfe_hpc.checkpoints import drafts, folders
@@ -41,6 +41,9 @@ __all__ = ["Background"]
 _EXTENT_BYTES = 256
 _SLACK_BYTES = 1 << 20
 """Estimates of what an index takes beside its names and its state; the latter may grow by a few digits, too."""
+
+_GIVE_WAY_S = 0.0005
+"""The thread that hands over waits so long: it would take the interpreter from training before that is on its way."""
 
 
 def _nobody(word: str, detail: str) -> None:
@@ -298,6 +301,7 @@ class Background:
         now = [at for at, piece in enumerate(pieces) if not (piece.steady and self.overlap)]
 
         def hand_over() -> None:
+            sleep(_GIVE_WAY_S)
             try:
                 self._ask_write(flight, placement, content)
                 for end in source.copy(later, staged):

@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cfe_hpc.checkpoints import codec, restoring
@@ -132,9 +132,16 @@ def _capture_sharded(name: str, thing: Sharded) -> _Captured:
     layout = thing.checkpoint_layout()
     pieces, state = thing.checkpoint_state()
     tree, tensors = codec.encode(state, f"{name}/~")
-    named = tuple(replace(piece, name=f"{name}/{piece.name}") for piece in pieces)
+    named = tuple(_named(f"{name}/{piece.name}", piece) for piece in pieces)
     entry = {"kind": "sharded", "tree": tree}
     return _Captured(name=name, entry=entry, facts=_facts(tree), tensors=tensors, pieces=named, layout=layout)
+
+
+def _named(name: str, piece: Piece) -> Piece:
+    """`piece` by another name. (dataclasses.replace takes four times as long, while training waits.)"""
+    return Piece(
+        name=name, dtype=piece.dtype, shape=piece.shape, start=piece.start, data=piece.data, steady=piece.steady
+    )
 
 
 def _captured_rng() -> _Captured:
