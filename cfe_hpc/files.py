@@ -19,7 +19,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["append_ndjson", "fsync_dir", "read_ndjson", "read_toml", "write_atomic"]
+__all__ = ["append_ndjson", "fsync_dir", "fsync_file", "read_ndjson", "read_toml", "write_atomic"]
+
+
+def fsync_file(path: Path) -> None:
+    """Make durable what others have written to a file. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync_dir(folder: Path) -> None:

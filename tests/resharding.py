@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train_ranks import GlooGroup
+from train_ranks import gloo_group
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 FP32 = ("ddp", "fsdp2", *ZERO)
@@ -204,7 +204,7 @@ def originals(rank: int, engines: tuple[str, ...], root: str, more: int) -> dict
     from cfe_hpc.checkpoints.store import save
     from cfe_hpc.checkpoints.tracked import capture
 
-    results, group = {}, GlooGroup()
+    results, group = {}, gloo_group()
     for engine in engines:
         training = Training(engine, seed=1)
         training.train(0, SAVED_AT)
@@ -221,7 +221,7 @@ def resumed(rank: int, wanted: list[tuple[str, int, int]], root: str) -> dict[tu
     from cfe_hpc.checkpoints.store import resume
     from cfe_hpc.checkpoints.tracked import restore
 
-    results, group = {}, GlooGroup()
+    results, group = {}, gloo_group()
     for engine, saved_by, more in wanted:
         training = Training(engine, seed=2)
         opened = resume(

@@ -136,17 +136,22 @@ def test_a_state_that_changed_while_it_was_copied_is_thrown_away(tmp_path: Path)
     assert read_back(tmp_path, 3) == [b"x" * (20 << 20), b"y"]
 
 
+def boundaries_until_saved(saves: Background, group: Any, *, pause_s: float) -> int:
+    """Steps of `pause_s` until the save in flight is committed."""
+    boundaries, info = 0, None
+    while info is None:
+        info = saves.advance(bool(group.all_max([int(saves.busy())])[0]))
+        boundaries += 1
+        time.sleep(pause_s)
+    return boundaries
+
+
 def test_a_save_is_committed_at_boundaries_and_nothing_waits_there(tmp_path: Path) -> None:
     def work(group: Any) -> int:
         with saving(tmp_path, group) as saves:
             saves.start()
             saves.begin(content(1, group), step=1)
-            boundaries, info = 0, None
-            while info is None:
-                info = saves.advance(bool(group.all_max([int(saves.busy())])[0]))
-                boundaries += 1
-                time.sleep(0.001)
-        return boundaries
+            return boundaries_until_saved(saves, group, pause_s=0.001)
 
     boundaries = all_good(run_ranks(2, work))
     assert boundaries[0] == boundaries[1] >= 2

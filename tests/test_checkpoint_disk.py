@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from checkpoint_disks import Disk, ext4, mounted
 from checkpoint_groups import all_good, run_ranks
-from test_checkpoint_async import gone, saving, wait_for
+from test_checkpoint_async import boundaries_until_saved, gone, saving, wait_for
 from test_checkpoint_store import content, find, put
 
 from cfe_hpc.checkpoints import drafts, folders
@@ -353,12 +353,7 @@ def test_two_ranks_on_a_throttled_disk_save_as_fast_as_it_lets_them(disk: Disk) 
         with saving(root, group) as saves:
             saves.start()
             saves.begin(whole(1, size_bytes), step=1)
-            steps, info = 0, None
-            while info is None:
-                info = saves.advance(bool(group.all_max([int(saves.busy())])[0]))
-                steps += 1
-                time.sleep(0.005)
-        return steps
+            return boundaries_until_saved(saves, group, pause_s=0.005)
 
     with disk.throttled(8 << 20):
         steps = all_good(run_ranks(2, work))

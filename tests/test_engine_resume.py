@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
-from train_ranks import GlooGroup, digest, load_sharded, on_ranks, save_sharded
+from train_ranks import digest, gloo_group, load_sharded, on_ranks, save_sharded
 
 from cfe_hpc.config.job import Engine as EngineSpec
 
@@ -127,7 +127,7 @@ def ddp(rank: int, root: str, seed: int, first: int, last: int) -> tuple[list[fl
     from cfe_hpc.checkpoints.store import resume, save
     from cfe_hpc.checkpoints.tracked import capture, restore
 
-    group = GlooGroup()
+    group = gloo_group()
     params, engine = make(EngineSpec(kind="torch"), seed=seed, world_size=3)
     tracked = engine.tracked()
     load = partial(restore, objects=tracked, group=group)

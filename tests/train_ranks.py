@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.checkpoints.store import Content, newest, save
 
 
@@ -89,44 +90,23 @@ def _rank_main(rank: int, world_size: int, port: int, answers: Any, function: An
         answers.put((rank, False, traceback.format_exc()))
 
 
-class GlooGroup:
+def gloo_group() -> Group:
     """`checkpoints.protocols.Group` over the default process group."""
+    from cfe_hpc.checkpoints.torch_group import TorchGroup
 
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def all_max(self, values: Sequence[int]) -> list[int]:
-        return [max(column) for column in zip(*self._gather(list(values)), strict=True)]
-
-    def all_gather(self, data: bytes) -> list[bytes]:
-        return self._gather(data)
-
-    def broadcast(self, data: bytes, source: int = 0) -> bytes:
-        return self._gather(data)[source]
-
-    def barrier(self) -> None:
-        self._gather(None)
-
-    def _gather(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
-        return gathered
+    return TorchGroup(None)
 
 
 def save_sharded(root: Path, sharded: Any, *, step: int) -> None:
     """One checkpoint with one Sharded object in it."""
     pieces, tree = sharded.checkpoint_state()
     content = Content(pieces=list(pieces), state=tree, layout=sharded.checkpoint_layout())
-    save(root, content, step=step, attempt=0, run_id="test", group=GlooGroup())
+    save(root, content, step=step, attempt=0, run_id="test", group=gloo_group())
 
 
 def load_sharded(root: Path, sharded: Any) -> int:
     """Take the newest checkpoint back; its step."""
-    group = GlooGroup()
+    group = gloo_group()
     opened = newest(root, run_id="test", attempt=1, group=group)
     assert opened is not None
     saved_ranks = opened.manifest.identity.world_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
 from cfe_hpc.checkpoints.deepspeed_reader import DeepSpeedReader
 from cfe_hpc.checkpoints.torch_group import TorchGroup
 from cfe_hpc.errors import CheckpointError
-from cfe_hpc.files import fsync_dir, write_atomic
+from cfe_hpc.files import fsync_dir, fsync_file, write_atomic
 
 __all__ = ["Imported", "load_deepspeed_checkpoint", "save_deepspeed_checkpoint"]
 
@@ -89,7 +88,7 @@ def save_deepspeed_checkpoint(
     def sync() -> bytes:
         for path in (root / tag).iterdir():
             if f"zero_pp_rank_{group.rank}_" in path.name or (group.rank == 0 and "pp_rank" not in path.name):
-                _fsync(path)
+                fsync_file(path)
         fsync_dir(root / tag)
         return b""
 
@@ -107,11 +106,3 @@ def _latest(directory: Path) -> str:
         return (directory / LATEST).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise CheckpointError(f"{directory / LATEST} cannot be read: {error.strerror}; name the tag") from error
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -32,7 +32,7 @@ from cfe_hpc.errors import DiskFull
 from cfe_hpc.files import fsync_dir
 from cfe_hpc.units import format_size
 
-__all__ = ["claim", "commit", "files", "ignore", "make_draft", "new_token", "unwritten_index", "write_shard"]
+__all__ = ["claim", "commit", "enter", "files", "ignore", "make_draft", "new_token", "unwritten_index", "write_shard"]
 
 _MARGIN_BYTES = 1 << 20
 
@@ -72,6 +72,19 @@ def claim(draft: Path, needed_bytes: int) -> None:
             f"{format_size(needed_bytes)} and {format_size(free_bytes)} are free in {root}"
         )
     draft.mkdir(exist_ok=True)
+
+
+def enter(draft: Path, rank: int, needed_bytes: int) -> None:
+    """Have the draft folder of a save, as any rank's helper: whichever comes first makes it. Raises as `claim`.
+
+    Args:
+        needed_bytes: rank 0 alone looks whether they are free.
+    """
+    if rank == 0:
+        claim(draft, needed_bytes)
+    else:
+        draft.parent.mkdir(exist_ok=True)  # not what lies above it: see `claim`
+        draft.mkdir(exist_ok=True)
 
 
 def unwritten_index(

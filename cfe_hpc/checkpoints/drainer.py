@@ -58,11 +58,7 @@ class _Drainer:
         token = request["token"]
         try:
             manifest = Manifest.unseal(read_manifest_bytes(folder))
-            if rank == 0:
-                drafts.claim(draft, manifest.size_bytes)
-            else:
-                draft.parent.mkdir(exist_ok=True)  # whichever rank comes first; and see `claim`
-                draft.mkdir(exist_ok=True)
+            drafts.enter(draft, rank, manifest.size_bytes)
             copy_shard(folder, draft, rank, manifest)
         except Exception as error:
             self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})

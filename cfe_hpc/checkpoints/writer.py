@@ -112,11 +112,7 @@ class _Writer:
         """
         data, index, plan = staged(self._arena, request)
         rank, draft, token = index.rank, Path(request["draft"]), index.identity.token
-        if rank == 0:
-            drafts.claim(draft, request["needed_bytes"])
-        else:
-            draft.parent.mkdir(exist_ok=True)  # whichever rank comes first; and see `claim`
-            draft.mkdir(exist_ok=True)
+        drafts.enter(draft, rank, request["needed_bytes"])
         if rank == 0:
             facts = drafts.write_shard(draft, index, data).decode()
             manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))

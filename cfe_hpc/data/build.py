@@ -23,7 +23,7 @@ from cfe_hpc.data.format import CHUNK_BYTES, DTYPES, FORMAT, FORMAT_VERSION, LIB
 from cfe_hpc.data.plan import BuildOptions, Plan, Progress, ScannedSource, content_hash, scan
 from cfe_hpc.data.sources import Source, find_sources
 from cfe_hpc.errors import DataError, Problem, UsageError
-from cfe_hpc.files import fsync_dir
+from cfe_hpc.files import fsync_dir, fsync_file
 
 __all__ = ["BuildOptions", "BuildReport", "Progress", "build", "build_from_paths"]
 
@@ -89,7 +89,7 @@ def build(
     aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     try:
         splits = _write(aside, plan, progress)
-        _sync(aside)
+        fsync_file(aside)
         os.replace(aside, output)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -229,11 +229,3 @@ def _write_header(file: Any, plan: Plan) -> None:
     file.attrs["vocab_size"] = plan.vocab_size
     file.attrs["separator"] = -1 if plan.separator is None else plan.separator
     file.attrs["validation_fraction"] = plan.options.validation_fraction
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

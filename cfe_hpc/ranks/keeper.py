@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ class Keeper:
     def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, journal: Journal) -> None:
         self._root, self._run_id = folder.checkpoints, spec.run_id
         self._policy, self._place, self._journal = spec.job.checkpoint, place, journal
-        self._rotation = Rotation(self._root, self._policy)
+        self._retention = Retention(
+            keep_last=self._policy.keep_last,
+            keep_every_steps=self._policy.keep_every_steps,
+            keep_best=self._policy.keep_best,
+        )
+        self._rotation = Rotation(self._root, self._retention)
         self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
         self._objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -301,11 +307,8 @@ class Keeper:
         return bool(freed)
 
     def _make_room(self) -> list[int]:
-        policy = Retention(
-            keep_last=1,  # a disk that holds fewer than keep_last would take none any more
-            keep_every_steps=self._policy.keep_every_steps,
-            keep_best=self._policy.keep_best,
-        )
+        # A disk that holds fewer than keep_last would take none any more.
+        policy = replace(self._retention, keep_last=1)
         return rotate(self._root, policy, protect=self._protected())
 
     def _saved(self, info: store.CheckpointInfo, blocked_seconds: float) -> None:
@@ -332,11 +335,7 @@ class Keeper:
             attempt=self._place.facts.attempt,
             group=self._place.group,
             limit_bytes=self._policy.staging_memory,
-            policy=Retention(
-                keep_last=self._policy.keep_last,
-                keep_every_steps=self._policy.keep_every_steps,
-                keep_best=self._policy.keep_best,
-            ),
+            policy=self._retention,
             protect=sorted(self._protected()),
             address=self._place.meeting.address,
             overlap=self._policy.overlap,

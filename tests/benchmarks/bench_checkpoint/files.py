@@ -18,13 +18,6 @@ def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_of(folder))
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
 def forget(folder: Path) -> None:
     """Drop what lies below a folder from the page cache."""
     for path in files_of(folder):

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
-from bench_checkpoint import files
 from bench_checkpoint.ways import Way
+from cfe_hpc.files import fsync_file
 
 # Told once by torch where there is no accelerator, and for every one of DCP's gathers of object lists.
 warnings.filterwarnings("ignore", module="torch")
@@ -29,7 +29,7 @@ class TorchSave(Way):
         path = folder / f"rank-{self.place.rank}.pt"
         torch.save(self.state.locals, path)
         self.returned()
-        files.sync_file(path)
+        fsync_file(path)
 
     def load(self, folder: Path) -> None:
         found = torch.load(folder / f"rank-{self.place.rank}.pt", weights_only=True)
@@ -46,7 +46,7 @@ class Safetensors(Way):
         path = folder / f"rank-{self.place.rank}.safetensors"
         save_file(self.state.locals, path)
         self.returned()
-        files.sync_file(path)
+        fsync_file(path)
 
     def load(self, folder: Path) -> None:
         from safetensors import safe_open

@@ -16,6 +16,7 @@ from bench_checkpoint import files
 from bench_checkpoint.ours import Beside, Save
 from bench_checkpoint.state import shapes
 from bench_checkpoint.ways import Place, Way
+from cfe_hpc.files import fsync_file
 
 NEVER_PRINT = 1_000_000_000
 
@@ -106,7 +107,7 @@ class ZeroSave(Way):
         self.returned()
         self.place.group.barrier()
         for path in sorted(files.files_of(folder))[self.place.rank :: self.place.size]:
-            files.sync_file(path)
+            fsync_file(path)
         self.place.group.barrier()
 
     def load(self, folder: Path) -> None:
@@ -135,7 +136,7 @@ def save_decoupled(zero: Zero, folder: Path) -> dict[str, float]:
     call_s = time.monotonic() - began
     next_s = zero.step()
     for path in sorted(files.files_of(folder))[zero.place.rank :: zero.place.size]:
-        files.sync_file(path)
+        fsync_file(path)
     zero.place.group.barrier()
     waited_s = max(0.0, next_s - plain_s)
     return {
