@@ -98,6 +98,18 @@ def test_a_stop_with_too_little_time_for_the_shared_filesystem_ends_on_the_nodes
     assert [event["attempt"] for event in run.events("checkpoint_saved")] == [1, 1]
 
 
+def test_a_stop_overtakes_what_is_on_its_way_and_nothing_is_degraded(start: Start) -> None:
+    run = start({})
+    with_stopped_drainers(run)
+    run.wait(lambda: on_nodes(run) == [5], 30, "complete on the nodes")
+    os.kill(supervisor_of(run), signal.SIGTERM)
+    result = run.wait_result()
+    assert (result["state"], result["attempts"], result["lost_steps"], total(result)) == ("COMPLETED", 2, 0, TOTAL)
+    first = run.events("checkpoint_saved")[0]
+    assert (first["attempt"], first["step"]) == (0, run.events("requeued")[0]["step"])
+    assert run.events("degraded") == []
+
+
 @full
 def test_what_is_near_is_read_and_what_is_bad_there_is_not(start: Start, tmp_path: Path) -> None:
     run = start({"local_keep_last": 2}, recovery={"failures": 1})

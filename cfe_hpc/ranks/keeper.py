@@ -218,7 +218,10 @@ class Keeper:
         hurried = bool(group.all_max([int(group.rank == 0 and time_left_s() is not None)])[0])
         if background.on_nodes != done:
             # What is on its way must not take the time of the one that is to be resumed from.
-            self._tiering.arrive(background, self._settle, (lambda: 0.0) if hurried else time_left_s)
+            if hurried:
+                self._tiering.make_way(background, self._settle)
+            else:
+                self._tiering.arrive(background, self._settle, time_left_s)
             self._begin(background, done)
             self._finish_in_flight()
         if self._background is background and self._saved_step != done:

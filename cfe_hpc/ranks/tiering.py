@@ -130,17 +130,29 @@ class Tiering:
         if told:
             self._degraded("checkpoint_copy", "; ".join(told))
 
+    def make_way(self, background: Background, settle: Settle) -> None:
+        """Leave what is complete on the nodes where it is, if it has not arrived yet: a newer one is to come, and has
+        little time. Nothing is lost by that, so nothing is told. Collective."""
+        self._await_arrival(background, settle, lambda: 0.0)
+
     def arrive(
         self, background: Background, settle: Settle, time_left_s: Callable[[], float | None] = lambda: None
     ) -> None:
         """Wait until what is complete on the nodes is on the shared filesystem, too, or until time is up: then it
-        stays where it is. Collective; rank 0's clock counts.
+        stays where it is, and that is told. Collective; rank 0's clock counts.
 
         Args:
             background: its drain is not None; what it has in flight is complete on the nodes.
             settle: called with a step and what takes note of its end.
         """
-        drain, group = background.drain, self._place.group
+        for step in self._await_arrival(background, settle, time_left_s):
+            self._degraded("checkpoint_local", f"time is up: step {step} stays on the nodes for now")
+
+    def _await_arrival(
+        self, background: Background, settle: Settle, time_left_s: Callable[[], float | None]
+    ) -> list[int]:
+        """Steps that did not arrive in time."""
+        drain, group, left = background.drain, self._place.group, list[int]()
         assert drain is not None
         while drain.step is not None or background.in_flight is not None:
             if drain.step is None:
@@ -151,10 +163,11 @@ class Tiering:
             if not busy:
                 settle(drain.step, partial(drain.advance, group, False))
             elif is_up:
-                self._degraded("checkpoint_local", f"time is up: step {drain.step} stays on the nodes for now")
+                left.append(drain.step)
                 drain.abandon(group)
             else:
                 time.sleep(_POLL_S)
+        return left
 
     def offer(self, step: int) -> None:
         """A checkpoint is on the shared filesystem: it may go on from there. Not collective."""
