@@ -13,7 +13,8 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -288,10 +289,7 @@ class Background:
             raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
-        """Copy what must be copied now; a thread asks the writer to write it, and to follow it as it copies the rest.
-
-        While training waits, the writer does, too: the cores and the memory are the copy's.
-        """
+        """Copy what must be copied now; a thread asks the writer to follow, and copies the rest."""
         pieces = [*content.pieces, *content.own]
         source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
         arena = self._crew.worker.arena
@@ -299,13 +297,21 @@ class Background:
         staged = arena.view(placement.size_bytes)
         later = [at for at, piece in enumerate(pieces) if piece.steady and self.overlap]
         now = [at for at, piece in enumerate(pieces) if not (piece.steady and self.overlap)]
+        copied, problems = threading.Event(), list[str]()
+
+        def follow(ends: Iterable[int]) -> None:
+            for end in ends:
+                arena.filled_bytes = min(end, placement.size_bytes - 1)  # the whole is announced last
 
         def hand_over() -> None:
-            sleep(_GIVE_WAY_S)
+            if later:
+                sleep(_GIVE_WAY_S)
             try:
                 self._ask_write(flight, placement, content)
-                for end in source.copy(later, staged):
-                    arena.filled_bytes = min(end, placement.size_bytes - 1)
+                copied.wait()
+                if problems:
+                    raise CheckpointError(problems[0])
+                follow(source.copy(later, staged))
                 flight.torn = bool(later) and not content.unchanged()
                 arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
             except Exception as error:  # told when all ranks meet again
@@ -313,10 +319,18 @@ class Background:
                 self._give_up(flight, reason(error))
 
         source.lay_out(staged)
-        for _ in source.copy(now, staged, copy_threads()):
-            pass
         flight.handing = threading.Thread(target=hand_over, name="checkpoint-copy", daemon=True)
         flight.handing.start()
+        try:
+            ends = source.copy(now, staged, copy_threads())
+            if later:
+                deque(ends, maxlen=0)  # they lie among those that are copied later
+            else:
+                follow(ends)
+        except Exception as error:
+            problems.append(reason(error))
+        finally:
+            copied.set()
 
     def _ask_write(self, flight: Flight, placement: Placement, content: Content) -> None:
         rank = self.group.rank

@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
+from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
 from cfe_hpc.checkpoints.manifest import VERSION, FileFacts, Identity
-from cfe_hpc.checkpoints.memory import page_buffer
 from cfe_hpc.checkpoints.staging import Chunks
+from cfe_hpc.checkpoints.streaming import stream
 from cfe_hpc.errors import CheckpointError
 
 __all__ = ["MAGIC", "data_facts", "header", "num_chunks", "write_data", "write_file"]
 
 MAGIC = b"cfe_hpc shard data\n"
-_THREADS = 4
-"""Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
 
 
 def header(identity: Identity, rank: int) -> bytes:
@@ -70,7 +65,7 @@ def write_data(path: Path, source: Chunks) -> tuple[int, ...]:
     with _named(path):
         fd = _open_direct(path, source.size_bytes)
         try:
-            sums = _stream(fd, source)
+            sums = stream(fd, source)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -113,44 +108,6 @@ def _allocate(fd: int, size_bytes: int) -> None:
     code = ctypes.get_errno()
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         raise OSError(code, os.strerror(code))
-
-
-def _stream(fd: int, source: Chunks) -> tuple[int, ...]:
-    own = threading.local()
-
-    def one(first: int) -> int:
-        if not hasattr(own, "buffer"):
-            own.buffer = page_buffer(SLICE_BYTES)
-        value, end = 0, min(first + CHUNK_BYTES, source.size_bytes)
-        for start in range(first, end, SLICE_BYTES):
-            content = source.chunk(start, own.buffer[: min(SLICE_BYTES, end - start)])
-            value = crc32c(content, value)
-            _write_all(fd, content, start)
-        if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            # Write-back begins now: left to itself it begins at fsync, which then takes several times as long.
-            os.posix_fadvise(fd, first, end - first, os.POSIX_FADV_DONTNEED)
-        return value
-
-    pool = ThreadPoolExecutor(_THREADS, "checkpoint-writer")
-    try:
-        return tuple(pool.map(one, range(0, source.size_bytes, CHUNK_BYTES)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    refused = False
-    while data:
-        try:
-            written = os.pwrite(fd, data, offset)
-        except OSError as error:
-            # Not told by the flag: another thread may have met the same and cleared it since.
-            if error.errno != errno.EINVAL or refused:
-                raise
-            refused = True
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-            continue
-        data, offset = data[written:], offset + written
 
 
 def data_facts(size_bytes: int, chunks: Sequence[int]) -> FileFacts:

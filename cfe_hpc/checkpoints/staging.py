@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
-from cfe_hpc.checkpoints.memory import move
+from cfe_hpc.checkpoints.memory import HUGE_BYTES, move, shared_pages
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads"]
+__all__ = ["TAKEN_BACK", "Arena", "AtHand", "Chunks", "Source", "Staged", "copy_threads"]
 
 TAKEN_BACK = -1
 """Of an arena's `filled_bytes`: what was to be copied is not what was to be saved."""
 
-_STRIDE_BYTES = 1 << 20
 _WORD_BYTES = 8
 _POLL_S = 0.0003
 _STRETCH_BYTES = 8 << 20
@@ -37,12 +36,34 @@ class Chunks(Protocol):
         """The `len(buffer)` bytes from `start` on, page-aligned: in `buffer`, or where they lie already."""
 
 
-class Source:
+class AtHand(ABC):
+    """`Chunks` that come out of memory: nobody need wait for them on a thread of its own.
+
+    Attributes:
+        size_bytes: all of them.
+        in_place: whether `chunk` returns them where they lie, and they stay there.
+    """
+
+    size_bytes: int
+    in_place: bool
+
+    @abstractmethod
+    def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        """See Chunks.chunk."""
+
+    @abstractmethod
+    def ready(self, end: int) -> bool:
+        """Whether the bytes before `end` are there by now; raises CheckpointError when they never will be."""
+
+
+class Source(AtHand):
     """The bytes of one data file before they are written: a header, pieces where the layout puts them, zeros between.
 
     A save that blocks training copies chunk by chunk into the writer's buffers; one that does not copies the whole
-    file into an arena that another process writes out. It is a `Chunks`.
+    file into an arena that another process writes out.
     """
+
+    in_place = False
 
     def __init__(self, header: bytes, placement: Placement, data: Sequence[memoryview]) -> None:
         """`data` has the bytes of each extent of `placement`, in order."""
@@ -54,6 +75,10 @@ class Source:
         ]
         self._spans = [(0, self._header), *((at, view) for at, view in self._data if view.nbytes)]
         self._starts = [start for start, _ in self._spans]
+
+    def ready(self, end: int) -> bool:
+        del end
+        return True
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
         end, at = start + len(buffer), start
@@ -107,21 +132,22 @@ def copy_threads() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
 
 
-class Staged:
-    """A data file that lies in an arena, or is still being copied there from its first byte on; a `Chunks`.
+class Staged(AtHand):
+    """A data file that lies in an arena, or is still being copied there from its first byte on."""
 
-    Chunks are copied out all the same: shared memory has no huge pages, and a disk takes them so much faster that the
-    copy is paid for (see memory.page_buffer).
-    """
+    in_place = True
 
     def __init__(self, arena: Arena, size_bytes: int) -> None:
         self.size_bytes, self._arena = size_bytes, arena
         self._content = arena.view(size_bytes)
 
+    def ready(self, end: int) -> bool:
+        return self._arena.is_filled(end)
+
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        self._arena.await_filled(start + len(buffer))
-        move(buffer, self._content[start : start + len(buffer)])
-        return buffer
+        end = start + len(buffer)
+        self._arena.await_filled(end)
+        return self._content[start:end]
 
 
 class Arena:
@@ -150,7 +176,7 @@ class Arena:
         """
         if size_bytes <= self.size_bytes:
             return
-        whole = -(-(size_bytes + BLOCK_BYTES) // _STRIDE_BYTES) * _STRIDE_BYTES
+        whole = -(-(size_bytes + BLOCK_BYTES) // HUGE_BYTES) * HUGE_BYTES
         try:
             os.posix_fallocate(self.fd, 0, whole)
         except OSError:
@@ -174,20 +200,29 @@ class Arena:
     def filled_bytes(self, value: int) -> None:
         self._memory[:_WORD_BYTES] = value.to_bytes(_WORD_BYTES, "little", signed=True)
 
-    def await_filled(self, size_bytes: int) -> None:
-        """Wait until the first `size_bytes` are filled.
+    def is_filled(self, size_bytes: int) -> bool:
+        """Whether the first `size_bytes` are filled by now.
 
         Raises:
             CheckpointError: they never will be.
         """
-        while (filled := self.filled_bytes) < size_bytes:
-            if filled == TAKEN_BACK:
-                raise CheckpointError("the state was changed while it was copied, outside of an optimizer's step")
+        filled_bytes = self.filled_bytes
+        if filled_bytes == TAKEN_BACK:
+            raise CheckpointError("the state was changed while it was copied, outside of an optimizer's step")
+        return filled_bytes >= size_bytes
+
+    def await_filled(self, size_bytes: int) -> None:
+        """Wait until the first `size_bytes` are filled; raises as `is_filled`."""
+        while not self.is_filled(size_bytes):
             time.sleep(_POLL_S)
 
+    @property
+    def memory(self) -> memoryview:
+        """All that is mapped; it begins where a huge page may."""
+        return self._memory
+
     def _map(self, size_bytes: int) -> None:
-        mapped = mmap.mmap(self.fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._memory = memoryview(mapped)
+        self._memory = shared_pages(self.fd, size_bytes)
 
     def close(self) -> None:
         """Give the memory back, as far as nobody else has it."""

@@ -23,6 +23,7 @@ from typing import Any
 from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import kind_of, reason
 from cfe_hpc.checkpoints.company import Company
+from cfe_hpc.checkpoints.hugepages import HugePages
 from cfe_hpc.checkpoints.nodewriter import NodeWriter, manifest_of, staged
 from cfe_hpc.checkpoints.staging import Arena
 from cfe_hpc.checkpoints.tidying import Tidying
@@ -44,16 +45,16 @@ _REASON_CHARS = 2000
 
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end. Replaces nothing in this process but signals and priority."""
-    arena, others, tidying = Arena(arena_fd), Company(), Tidying()
-    writer, node = _Writer(arena, others, tidying), NodeWriter(arena, others)
+    arena, others, tidying, pages = Arena(arena_fd), Company(), Tidying(), HugePages()
+    writer, node = _Writer(arena, others, tidying, pages), NodeWriter(arena, others)
     acts: dict[str, Act] = {
         "listen": others.listen,
         "join": others.join,
         "give_up": others.give_up,
         "attach": writer.attach,
-        "write": writer.write,
+        "write": pages.held(writer.write),
         "receive": node.receive,
-        "write_to_node": node.write,
+        "write_to_node": pages.held(node.write),
     }
     serve(socket_fd, parent, acts, nice=_NICE, afterwards=tidying.tidy)
 
@@ -97,12 +98,13 @@ def _answer(act: Act, request: Mapping[str, Any]) -> dict[str, Any]:
 class _Writer:
     """What a writer keeps between requests."""
 
-    def __init__(self, arena: Arena, others: Company, tidying: Tidying) -> None:
-        self._arena, self._others, self._tidying = arena, others, tidying
+    def __init__(self, arena: Arena, others: Company, tidying: Tidying, pages: HugePages) -> None:
+        self._arena, self._others, self._tidying, self._pages = arena, others, tidying, pages
 
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
         self._arena.view(request["size_bytes"])
+        self._pages.gather(self._arena.memory)
         return {"attached": True}
 
     def write(self, request: Mapping[str, Any]) -> dict[str, Any]:

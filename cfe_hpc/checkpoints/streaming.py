@@ -1,0 +1,179 @@
+"""Chunks on their way into a file: as many at a time as keep the disk busy, each summed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from cfe_hpc.checkpoints.aio import Queue
+from cfe_hpc.checkpoints.checksum import crc32c
+from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
+from cfe_hpc.checkpoints.memory import page_buffer
+from cfe_hpc.checkpoints.staging import AtHand, Chunks
+
+__all__ = ["stream"]
+
+_THREADS = 4
+"""Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
+
+_DEPTH_IN_PLACE, _DEPTH_COPIED = 8, 4
+"""Requests that the disk has ahead; a copied chunk takes memory of its own until it is written."""
+
+_AT_ONCE = 4
+"""So many requests in a row, each done before its call returns, tell that this filesystem does none beside."""
+
+_POLL_S = 0.0005
+
+
+def stream(fd: int, source: Chunks | AtHand) -> tuple[int, ...]:
+    """Write all chunks to where they belong in a file opened for writing, with O_DIRECT or without; not synced.
+
+    Returns:
+        crc32c of each chunk.
+
+    Raises:
+        OSError: without the file's name.
+    """
+    if isinstance(source, AtHand) and _is_direct(fd):
+        with contextlib.suppress(_NotBesideError), _queue(source) as queue:
+            return _Ahead(fd, source, queue).run()
+    return _on_threads(fd, source)
+
+
+def _queue(source: AtHand) -> Queue:
+    try:
+        return Queue(_DEPTH_IN_PLACE if source.in_place else _DEPTH_COPIED)
+    except OSError as error:
+        raise _NotBesideError from error
+
+
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+class _NotBesideError(Exception):
+    """The kernel or the filesystem does not write while its caller goes on."""
+
+
+class _Ahead:
+    """One thread that gives the disk the next chunks ahead, and sums them while it writes."""
+
+    def __init__(self, fd: int, source: AtHand, queue: Queue) -> None:
+        self._fd, self._source, self._queue = fd, source, queue
+        self._starts = range(0, source.size_bytes, CHUNK_BYTES)
+        self._begun = 0
+        self._at_once = 0
+        self._sums: list[int] = []
+        self._content: dict[int, memoryview] = {}  # of chunks that are not written yet, or not summed
+        self._unwritten: dict[int, int] = {}  # bytes of each that the disk still has to take
+        self._buffers = [page_buffer(CHUNK_BYTES) for _ in range(queue.depth)]
+        self._buffer_of: dict[int, memoryview] = {}
+
+    def run(self) -> tuple[int, ...]:
+        while len(self._sums) < len(self._starts) or self._unwritten:
+            waits = False
+            if self._begun < len(self._starts) and self._buffers and len(self._queue) < self._queue.depth:
+                if self._source.ready(self._end(self._begun)):
+                    self._begin()
+                    continue
+                waits = True
+            if len(self._sums) < self._begun:
+                self._sum()
+                self._take_note(wait_s=0.0)
+            elif len(self._queue):
+                self._take_note(wait_s=_POLL_S if waits else None)
+            else:
+                time.sleep(_POLL_S)
+        return tuple(self._sums)
+
+    def _end(self, chunk: int) -> int:
+        return min(self._starts[chunk] + CHUNK_BYTES, self._source.size_bytes)
+
+    def _begin(self) -> None:
+        chunk, start = self._begun, self._starts[self._begun]
+        size_bytes = self._end(chunk) - start
+        buffer = self._buffer_of[chunk] = self._buffers.pop()
+        self._content[chunk] = self._source.chunk(start, buffer[:size_bytes])
+        self._unwritten[chunk] = size_bytes
+        self._begun += 1
+        self._write(chunk)
+        if chunk < _AT_ONCE:
+            self._take_note(wait_s=0.0)
+            self._at_once += chunk not in self._unwritten
+            if self._at_once == _AT_ONCE:
+                raise _NotBesideError
+
+    def _write(self, chunk: int) -> None:
+        content, left_bytes = self._content[chunk], self._unwritten[chunk]
+        done_bytes = len(content) - left_bytes
+        try:
+            self._queue.write(self._fd, content[done_bytes:], self._starts[chunk] + done_bytes, chunk)
+        except OSError as error:
+            raise _NotBesideError if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else error from error
+
+    def _sum(self) -> None:
+        chunk = len(self._sums)
+        self._sums.append(crc32c(self._content[chunk]))
+        self._let_go(chunk)
+
+    def _take_note(self, wait_s: float | None) -> None:
+        for chunk, written_bytes in self._queue.done(wait_s=wait_s):
+            if written_bytes == -errno.EINVAL:
+                raise _NotBesideError  # O_DIRECT is refused only now: the other way knows what to do
+            if written_bytes <= 0 or written_bytes % BLOCK_BYTES:
+                code = -written_bytes if written_bytes < 0 else errno.EIO
+                raise OSError(code, os.strerror(code))
+            self._unwritten[chunk] -= written_bytes
+            if self._unwritten[chunk]:
+                self._write(chunk)
+            else:
+                del self._unwritten[chunk]
+                self._let_go(chunk)
+
+    def _let_go(self, chunk: int) -> None:
+        if chunk not in self._unwritten and chunk < len(self._sums):
+            del self._content[chunk]
+            self._buffers.append(self._buffer_of.pop(chunk))
+
+
+def _on_threads(fd: int, source: Chunks | AtHand) -> tuple[int, ...]:
+    own = threading.local()
+
+    def one(first: int) -> int:
+        if not hasattr(own, "buffer"):
+            own.buffer = page_buffer(SLICE_BYTES)
+        value, end = 0, min(first + CHUNK_BYTES, source.size_bytes)
+        for start in range(first, end, SLICE_BYTES):
+            content = source.chunk(start, own.buffer[: min(SLICE_BYTES, end - start)])
+            value = crc32c(content, value)
+            _write_all(fd, content, start)
+        if not _is_direct(fd):
+            # Write-back begins now: left to itself it begins at fsync, which then takes several times as long.
+            os.posix_fadvise(fd, first, end - first, os.POSIX_FADV_DONTNEED)
+        return value
+
+    pool = ThreadPoolExecutor(_THREADS, "checkpoint-writer")
+    try:
+        return tuple(pool.map(one, range(0, source.size_bytes, CHUNK_BYTES)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    refused = False
+    while data:
+        try:
+            written = os.pwrite(fd, data, offset)
+        except OSError as error:
+            # Not told by the flag: another thread may have met the same and cleared it since.
+            if error.errno != errno.EINVAL or refused:
+                raise
+            refused = True
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            continue
+        data, offset = data[written:], offset + written
