@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Protocol
 
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
 from cfe_hpc.checkpoints.memory import HUGE_BYTES, move, shared_pages
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["TAKEN_BACK", "Arena", "AtHand", "Chunks", "Source", "Staged", "copy_threads"]
+__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads"]
 
 TAKEN_BACK = -1
 """Of an arena's `filled_bytes`: what was to be copied is not what was to be saved."""
@@ -36,34 +35,12 @@ class Chunks(Protocol):
         """The `len(buffer)` bytes from `start` on, page-aligned: in `buffer`, or where they lie already."""
 
 
-class AtHand(ABC):
-    """`Chunks` that come out of memory: nobody need wait for them on a thread of its own.
-
-    Attributes:
-        size_bytes: all of them.
-        in_place: whether `chunk` returns them where they lie, and they stay there.
-    """
-
-    size_bytes: int
-    in_place: bool
-
-    @abstractmethod
-    def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        """See Chunks.chunk."""
-
-    @abstractmethod
-    def ready(self, end: int) -> bool:
-        """Whether the bytes before `end` are there by now; raises CheckpointError when they never will be."""
-
-
-class Source(AtHand):
+class Source:
     """The bytes of one data file before they are written: a header, pieces where the layout puts them, zeros between.
 
     A save that blocks training copies chunk by chunk into the writer's buffers; one that does not copies the whole
-    file into an arena that another process writes out.
+    file into an arena that another process writes out. It is a `Chunks`.
     """
-
-    in_place = False
 
     def __init__(self, header: bytes, placement: Placement, data: Sequence[memoryview]) -> None:
         """`data` has the bytes of each extent of `placement`, in order."""
@@ -75,10 +52,6 @@ class Source(AtHand):
         ]
         self._spans = [(0, self._header), *((at, view) for at, view in self._data if view.nbytes)]
         self._starts = [start for start, _ in self._spans]
-
-    def ready(self, end: int) -> bool:
-        del end
-        return True
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
         end, at = start + len(buffer), start
@@ -102,29 +75,40 @@ class Source(AtHand):
             out[begin + len(view) : end] = bytes(end - begin - len(view))
         out[: len(self._header)] = self._header
 
-    def copy(self, pieces: Iterable[int], out: memoryview, threads: int = 1) -> Iterator[int]:
+    def copy(self, pieces: Iterable[int], out: memoryview, pool: Executor | None = None) -> Iterator[int]:
         """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size.
+
+        Args:
+            pool: threads that do it; this one by default.
 
         Yields:
             Where what is copied ends, again and again; of these pieces, everything before that is there.
         """
-        stretches = [
-            (at + low, view[low : low + _STRETCH_BYTES])
-            for at, view in (self._data[piece] for piece in pieces)
-            for low in range(0, len(view), _STRETCH_BYTES)
-        ]
 
-        def one(stretch: tuple[int, memoryview]) -> int:
-            at, view = stretch
-            end = at + len(view)
-            move(out[at:end], view)
+        def one(stretches: list[tuple[int, memoryview]]) -> int:
+            end = 0
+            for at, view in stretches:
+                end = at + len(view)
+                move(out[at:end], view)
             return end
 
-        if threads == 1 or len(stretches) < 2:
-            yield from map(one, stretches)
-            return
-        with ThreadPoolExecutor(threads, "checkpoint-copy") as pool:
-            yield from pool.map(one, stretches)
+        tasks = list(self._tasks(pieces))
+        yield from map(one, tasks) if pool is None or len(tasks) < 2 else pool.map(one, tasks)
+
+    def _tasks(self, pieces: Iterable[int]) -> Iterator[list[tuple[int, memoryview]]]:
+        """What to copy, in order, in tasks of some size: to hand one to a thread takes as long as to copy 0.1 MB."""
+        task: list[tuple[int, memoryview]] = []
+        size_bytes = 0
+        for at, view in (self._data[piece] for piece in pieces):
+            for low in range(0, len(view), _STRETCH_BYTES):
+                stretch = view[low : low + _STRETCH_BYTES]
+                task.append((at + low, stretch))
+                size_bytes += len(stretch)
+                if size_bytes >= _STRETCH_BYTES:
+                    yield task
+                    task, size_bytes = [], 0
+        if task:
+            yield task
 
 
 def copy_threads() -> int:
@@ -132,22 +116,25 @@ def copy_threads() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
 
 
-class Staged(AtHand):
-    """A data file that lies in an arena, or is still being copied there from its first byte on."""
+class Staged:
+    """A data file that lies in an arena, or is still being copied there from its first byte on; a `Chunks`.
 
-    in_place = True
+    Attributes:
+        content: all of it, as far as it is `ready`.
+    """
 
     def __init__(self, arena: Arena, size_bytes: int) -> None:
         self.size_bytes, self._arena = size_bytes, arena
-        self._content = arena.view(size_bytes)
+        self.content = arena.view(size_bytes)
 
     def ready(self, end: int) -> bool:
+        """Whether the bytes before `end` are there by now; raises CheckpointError when they never will be."""
         return self._arena.is_filled(end)
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
         end = start + len(buffer)
         self._arena.await_filled(end)
-        return self._content[start:end]
+        return self.content[start:end]
 
 
 class Arena:

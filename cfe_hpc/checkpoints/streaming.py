@@ -14,15 +14,15 @@ from cfe_hpc.checkpoints.aio import Queue
 from cfe_hpc.checkpoints.checksum import crc32c
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
 from cfe_hpc.checkpoints.memory import page_buffer
-from cfe_hpc.checkpoints.staging import AtHand, Chunks
+from cfe_hpc.checkpoints.staging import Chunks, Staged
 
 __all__ = ["stream"]
 
 _THREADS = 4
 """Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
 
-_DEPTH_IN_PLACE, _DEPTH_COPIED = 8, 4
-"""Requests that the disk has ahead; a copied chunk takes memory of its own until it is written."""
+_DEPTH = 8
+"""Requests that the disk has ahead: it is busy until a core is free for the next ones."""
 
 _AT_ONCE = 4
 """So many requests in a row, each done before its call returns, tell that this filesystem does none beside."""
@@ -30,7 +30,7 @@ _AT_ONCE = 4
 _POLL_S = 0.0005
 
 
-def stream(fd: int, source: Chunks | AtHand) -> tuple[int, ...]:
+def stream(fd: int, source: Chunks) -> tuple[int, ...]:
     """Write all chunks to where they belong in a file opened for writing, with O_DIRECT or without; not synced.
 
     Returns:
@@ -39,15 +39,15 @@ def stream(fd: int, source: Chunks | AtHand) -> tuple[int, ...]:
     Raises:
         OSError: without the file's name.
     """
-    if isinstance(source, AtHand) and _is_direct(fd):
-        with contextlib.suppress(_NotBesideError), _queue(source) as queue:
+    if isinstance(source, Staged) and _is_direct(fd):
+        with contextlib.suppress(_NotBesideError), _queue() as queue:
             return _Ahead(fd, source, queue).run()
     return _on_threads(fd, source)
 
 
-def _queue(source: AtHand) -> Queue:
+def _queue() -> Queue:
     try:
-        return Queue(_DEPTH_IN_PLACE if source.in_place else _DEPTH_COPIED)
+        return Queue(_DEPTH)
     except OSError as error:
         raise _NotBesideError from error
 
@@ -63,29 +63,26 @@ class _NotBesideError(Exception):
 class _Ahead:
     """One thread that gives the disk the next chunks ahead, and sums them while it writes."""
 
-    def __init__(self, fd: int, source: AtHand, queue: Queue) -> None:
+    def __init__(self, fd: int, source: Staged, queue: Queue) -> None:
         self._fd, self._source, self._queue = fd, source, queue
         self._starts = range(0, source.size_bytes, CHUNK_BYTES)
         self._begun = 0
         self._at_once = 0
         self._sums: list[int] = []
-        self._content: dict[int, memoryview] = {}  # of chunks that are not written yet, or not summed
-        self._unwritten: dict[int, int] = {}  # bytes of each that the disk still has to take
-        self._buffers = [page_buffer(CHUNK_BYTES) for _ in range(queue.depth)]
-        self._buffer_of: dict[int, memoryview] = {}
+        self._unwritten: dict[int, memoryview] = {}  # of each chunk that is begun, what the disk still has to take
 
     def run(self) -> tuple[int, ...]:
         while len(self._sums) < len(self._starts) or self._unwritten:
             waits = False
-            if self._begun < len(self._starts) and self._buffers and len(self._queue) < self._queue.depth:
+            if self._begun < len(self._starts) and len(self._queue) < self._queue.depth:
                 if self._source.ready(self._end(self._begun)):
                     self._begin()
                     continue
                 waits = True
             if len(self._sums) < self._begun:
-                self._sum()
+                self._sums.append(crc32c(self._content(len(self._sums))))
                 self._take_note(wait_s=0.0)
-            elif len(self._queue):
+            elif self._unwritten:
                 self._take_note(wait_s=_POLL_S if waits else None)
             else:
                 time.sleep(_POLL_S)
@@ -94,32 +91,25 @@ class _Ahead:
     def _end(self, chunk: int) -> int:
         return min(self._starts[chunk] + CHUNK_BYTES, self._source.size_bytes)
 
+    def _content(self, chunk: int) -> memoryview:
+        return self._source.content[self._starts[chunk] : self._end(chunk)]
+
     def _begin(self) -> None:
-        chunk, start = self._begun, self._starts[self._begun]
-        size_bytes = self._end(chunk) - start
-        buffer = self._buffer_of[chunk] = self._buffers.pop()
-        self._content[chunk] = self._source.chunk(start, buffer[:size_bytes])
-        self._unwritten[chunk] = size_bytes
+        chunk = self._begun
         self._begun += 1
-        self._write(chunk)
+        self._write(chunk, self._content(chunk))
         if chunk < _AT_ONCE:
             self._take_note(wait_s=0.0)
             self._at_once += chunk not in self._unwritten
             if self._at_once == _AT_ONCE:
                 raise _NotBesideError
 
-    def _write(self, chunk: int) -> None:
-        content, left_bytes = self._content[chunk], self._unwritten[chunk]
-        done_bytes = len(content) - left_bytes
+    def _write(self, chunk: int, content: memoryview) -> None:
+        self._unwritten[chunk] = content
         try:
-            self._queue.write(self._fd, content[done_bytes:], self._starts[chunk] + done_bytes, chunk)
+            self._queue.write(self._fd, content, self._end(chunk) - len(content), chunk)
         except OSError as error:
             raise _NotBesideError if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else error from error
-
-    def _sum(self) -> None:
-        chunk = len(self._sums)
-        self._sums.append(crc32c(self._content[chunk]))
-        self._let_go(chunk)
 
     def _take_note(self, wait_s: float | None) -> None:
         for chunk, written_bytes in self._queue.done(wait_s=wait_s):
@@ -128,20 +118,12 @@ class _Ahead:
             if written_bytes <= 0 or written_bytes % BLOCK_BYTES:
                 code = -written_bytes if written_bytes < 0 else errno.EIO
                 raise OSError(code, os.strerror(code))
-            self._unwritten[chunk] -= written_bytes
-            if self._unwritten[chunk]:
-                self._write(chunk)
-            else:
-                del self._unwritten[chunk]
-                self._let_go(chunk)
-
-    def _let_go(self, chunk: int) -> None:
-        if chunk not in self._unwritten and chunk < len(self._sums):
-            del self._content[chunk]
-            self._buffers.append(self._buffer_of.pop(chunk))
+            rest = self._unwritten.pop(chunk)[written_bytes:]
+            if rest:
+                self._write(chunk, rest)
 
 
-def _on_threads(fd: int, source: Chunks | AtHand) -> tuple[int, ...]:
+def _on_threads(fd: int, source: Chunks) -> tuple[int, ...]:
     own = threading.local()
 
     def one(first: int) -> int:
