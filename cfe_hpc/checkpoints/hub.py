@@ -12,12 +12,11 @@ import socket
 import threading
 
 from cfe_hpc.checkpoints.agree import raised
-from cfe_hpc.checkpoints.links import greet, let_in, receive, send
+from cfe_hpc.checkpoints.links import GREETING_S, Listener, greet, receive, send
 from cfe_hpc.errors import CheckpointError
 
 __all__ = ["Hub", "Spoke"]
 
-_GREETING_S = 10.0
 _LIMIT_BYTES = 1 << 16
 _TOLD_LIMIT_BYTES = 1 << 28
 """A manifest has two files for each rank."""
@@ -36,42 +35,29 @@ class Hub:
     """
 
     def __init__(self, secret: bytes) -> None:
-        """Listen, on every address of this node. Raises OSError."""
-        self._secret = secret
+        """Listen. Raises OSError."""
         self._news = threading.Condition()
         self._links: dict[int, socket.socket] = {}
         self._said: dict[tuple[str, int], dict[str, str]] = {}
-        self._listener = socket.create_server(("", 0), backlog=1024)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, name="checkpoint-hub", daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            link, _ = self._listener.accept()
-            threading.Thread(target=self._listen, args=(link,), name="checkpoint-hub", daemon=True).start()
+        self.port = Listener(secret, self._listen, name="checkpoint-hub").port
 
     def _listen(self, link: socket.socket) -> None:
         """Hear everything that one writer says, until it ends."""
-        with link, contextlib.suppress(OSError, EOFError, CheckpointError):
-            link.settimeout(_GREETING_S)
-            if not let_in(link, self._secret):
-                return
-            link.settimeout(None)
-            rank = int(receive(link, _LIMIT_BYTES))
-            with self._news:
-                self._links[rank] = link
-            send(link, b"")
-            try:
-                while True:
-                    said = json.loads(receive(link, _LIMIT_BYTES))
-                    with self._news:
-                        self._said[said.pop("token"), rank] = said
-                        self._news.notify()
-            finally:
+        rank = int(receive(link, _LIMIT_BYTES))
+        with self._news:
+            self._links[rank] = link
+        send(link, b"")
+        try:
+            while True:
+                said = json.loads(receive(link, _LIMIT_BYTES))
                 with self._news:
-                    if self._links.get(rank) is link:  # and not that of the process that came after it
-                        del self._links[rank]
+                    self._said[said.pop("token"), rank] = said
                     self._news.notify()
+        finally:
+            with self._news:
+                if self._links.get(rank) is link:  # and not that of the process that came after it
+                    del self._links[rank]
+                self._news.notify()
 
     def gather(self, token: str, mine: str, size: int) -> list[bytes]:
         """What each rank's writer says of the save of `token`, by rank; `mine` is rank 0's. One save at a time.
@@ -114,7 +100,7 @@ class Spoke:
 
     def __init__(self, address: tuple[str, int], secret: bytes, rank: int) -> None:
         """Connect. Raises OSError, EOFError, CheckpointError."""
-        self._link = socket.create_connection(address, timeout=_GREETING_S)
+        self._link = socket.create_connection(address, timeout=GREETING_S)
         self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         greet(self._link, secret)
         self._link.settimeout(None)

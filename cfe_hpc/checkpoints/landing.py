@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cfe_hpc.checkpoints.protocols import ReadInto
-from cfe_hpc.checkpoints.tensors import dtype_name
+from cfe_hpc.checkpoints.tensors import aliases, dtype_name, tensor_bytes
 from cfe_hpc.errors import CheckpointMismatch
 
-__all__ = ["Landing", "bytes_of"]
+__all__ = ["Landing"]
 
 LANDING_BYTES = 64 << 20
 """Host memory that waits for a device at a time: large enough for the disk, small beside any model."""
@@ -39,8 +39,8 @@ class Landing:
             raise CheckpointMismatch(f"{name} is {dtype} in the checkpoint and {dtype_name(target.dtype)} here")
         if target.numel() == 0:
             return
-        if target.device.type == "cpu" and target.is_contiguous():
-            self._reader.enqueue(name, start, bytes_of(target))
+        if aliases(target):
+            self._reader.enqueue(name, start, tensor_bytes(target))
             return
         # A view of a tensor that is not contiguous need not exist: only a whole one lands in one piece.
         size = LANDING_BYTES // target.element_size()
@@ -54,7 +54,7 @@ class Landing:
         if self._landed_bytes + size_bytes > LANDING_BYTES:
             self.flush()
         landed = torch.empty(target.shape, dtype=target.dtype)
-        self._reader.enqueue(name, start, bytes_of(landed))
+        self._reader.enqueue(name, start, tensor_bytes(landed))
         self._landed.append((landed, target))
         self._landed_bytes += size_bytes
 
@@ -65,8 +65,3 @@ class Landing:
             target.copy_(landed)
         self._landed.clear()
         self._landed_bytes = 0
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, row-major."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)

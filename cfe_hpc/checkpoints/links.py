@@ -8,21 +8,72 @@ Both prove that they know the attempt's secret, neither shows it. Messages are a
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import socket
 import struct
+import threading
+from collections.abc import Callable
 
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["SECRET_BYTES", "fill", "greet", "let_in", "receive", "send"]
+__all__ = ["GREETING_S", "SECRET_BYTES", "Listener", "fill", "greet", "receive", "send"]
 
 SECRET_BYTES = 32
+GREETING_S = 10.0
+"""Whoever has not greeted by then is not let in."""
+
+_BACKLOG = 1024
 _NONCE_BYTES = 32
 _LENGTH = struct.Struct("<q")
 
 
-def let_in(link: socket.socket, secret: bytes) -> bool:
+class Listener:
+    """Lets in those who know the secret, each on a thread of its own.
+
+    Attributes:
+        port: where it listens.
+    """
+
+    def __init__(self, secret: bytes, serve: Callable[[socket.socket], None], *, name: str) -> None:
+        """Listen, on every address: which of them others come by, the node's name does not tell.
+
+        Args:
+            serve: called with each connection, which closes when it returns; an OSError, EOFError or CheckpointError
+                of its ends that connection alone.
+            name: of the threads.
+
+        Raises:
+            OSError: there is no port.
+        """
+        self._secret, self._serve, self._name = secret, serve, name
+        self._listener = socket.create_server(("", 0), backlog=_BACKLOG)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, name=name, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                link, _ = self._listener.accept()
+                threading.Thread(target=self._greet_and_serve, args=(link,), name=self._name, daemon=True).start()
+
+    def _greet_and_serve(self, link: socket.socket) -> None:
+        with link, contextlib.suppress(OSError, EOFError, CheckpointError):
+            link.settimeout(GREETING_S)
+            if _let_in(link, self._secret):
+                link.settimeout(None)
+                self._serve(link)
+
+    def close(self) -> None:
+        """Listen no more; connections go on."""
+        # Closing alone would leave the thread in accept().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def _let_in(link: socket.socket, secret: bytes) -> bool:
     """The listening side of the greeting; whether the other end knows the secret. Raises OSError, EOFError."""
     mine = secrets.token_bytes(_NONCE_BYTES)
     link.sendall(mine)

@@ -23,7 +23,7 @@ from typing import Any
 
 from cfe_hpc.checkpoints.agree import reason
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
-from cfe_hpc.checkpoints.links import fill, greet, let_in, receive, send
+from cfe_hpc.checkpoints.links import Listener, fill, greet, receive, send
 from cfe_hpc.checkpoints.manifest import ShardIndex, data_name, index_name
 from cfe_hpc.checkpoints.nodelocal import check_name, copy_name
 from cfe_hpc.checkpoints.shard import write_data, write_file
@@ -48,36 +48,22 @@ class Receiver:
     """
 
     def __init__(self, home: Path, secret: bytes) -> None:
-        """Listen, on every address: which of them others come by, the node's name does not tell. Raises OSError."""
-        self._home, self._secret = home, secret
-        self._listener = socket.create_server(("", 0), backlog=64)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, name="checkpoint-partner", daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                link, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(link,), name="checkpoint-partner", daemon=True).start()
+        """Listen. Raises OSError."""
+        self._home = home
+        self._listener = Listener(secret, self._serve, name="checkpoint-partner")
+        self.port = self._listener.port
 
     def close(self) -> None:
         """Listen no more; what is being received is received."""
-        # Closing alone would leave the thread in accept().
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _serve(self, link: socket.socket) -> None:
-        with link, contextlib.suppress(OSError, EOFError):
-            link.settimeout(_CONNECT_S)
-            if not let_in(link, self._secret):
-                return
-            link.settimeout(_SILENCE_S)
-            send(link, json.dumps(self._answer(link)).encode())
-            # The sender may be at it still: closing on what it sends would take the answer away from it.
-            link.shutdown(socket.SHUT_WR)
-            while link.recv(CHUNK_BYTES):
-                pass
+        link.settimeout(_SILENCE_S)
+        send(link, json.dumps(self._answer(link)).encode())
+        # The sender may be at it still: closing on what it sends would take the answer away from it.
+        link.shutdown(socket.SHUT_WR)
+        while link.recv(CHUNK_BYTES):
+            pass
 
     def _answer(self, link: socket.socket) -> dict[str, Any]:
         try:

@@ -16,7 +16,7 @@ from cfe_hpc.checkpoints.manifest import FileFacts, Identity, ShardIndex, data_n
 from cfe_hpc.checkpoints.shard import MAGIC, data_facts, header, num_chunks
 from cfe_hpc.errors import CorruptCheckpoint
 
-__all__ = ["ShardReader", "read_index"]
+__all__ = ["ShardReader", "fill", "read_index"]
 
 _KEPT_CHUNKS = 4
 
@@ -163,9 +163,9 @@ class ShardReader:
             try:
                 for start in range(first, end, len(buffer)):
                     content = buffer[: end - start]
-                    self._fill(fd, start, content)
-                    value = crc32c(content, value)
+                    fill(fd, start, content, self.name)
                     take(start, content)
+                    value = crc32c(content, value)  # after the copy: it gets the bytes out of the core's cache
             finally:
                 os.close(fd)
         except OSError as error:
@@ -173,20 +173,27 @@ class ShardReader:
         if value != self.index.chunks[index]:
             raise CorruptCheckpoint(f"{self.name} is altered: bytes {first} to {end} differ from their checksum")
 
-    def _fill(self, fd: int, start: int, out: memoryview) -> None:
-        done = 0
-        while done < len(out):
-            try:
-                got = os.preadv(fd, [out[done:]], start + done)
-            except OSError as error:
-                flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-                if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
-                    raise
-                fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-                continue
-            if not got:
-                raise CorruptCheckpoint(f"{self.name} is truncated: it ends before byte {start + len(out)}")
-            done += got
+
+def fill(fd: int, start: int, out: memoryview, name: str) -> None:
+    """Fill `out` from a file's byte `start` on; where O_DIRECT is refused now, by way of the page cache.
+
+    Raises:
+        CorruptCheckpoint: the file, called `name`, ends before.
+        OSError: it cannot be read.
+    """
+    done = 0
+    while done < len(out):
+        try:
+            got = os.preadv(fd, [out[done:]], start + done)
+        except OSError as error:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                raise
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            continue
+        if not got:
+            raise CorruptCheckpoint(f"{name} is truncated: it ends before byte {start + len(out)}")
+        done += got
 
 
 def _open(path: Path, direct: bool) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfe_hpc.checkpoints.manifest import Manifest, data_name, index_name
 from cfe_hpc.checkpoints.shard import write_data, write_file
-from cfe_hpc.checkpoints.shard_reader import ShardReader, read_index
+from cfe_hpc.checkpoints.shard_reader import ShardReader, fill, read_index
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 
 __all__ = ["InOrder", "copy_shard"]
@@ -26,7 +26,7 @@ def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest) -> None
     shard = ShardReader([folder], rank, manifest.identity, facts[index_name(rank)], content)
     shard.check_header(facts[data_name(rank)])
     with open(folder / data_name(rank), "rb", buffering=0) as stream:
-        sums = write_data(draft / data_name(rank), _Copied(stream.fileno(), shard.index.data_bytes))
+        sums = write_data(draft / data_name(rank), _Copied(stream.fileno(), shard.index.data_bytes, shard.name))
     if sums != shard.index.chunks:
         raise CorruptCheckpoint(f"{folder}: {data_name(rank)} is altered")
     write_file(draft / index_name(rank), content)
@@ -35,16 +35,11 @@ def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest) -> None
 class _Copied:
     """A node's data file; a `Chunks`. Whoever writes it sums it: it is not summed here as well."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
-        self.size_bytes, self._fd = size_bytes, fd
+    def __init__(self, fd: int, size_bytes: int, name: str) -> None:
+        self.size_bytes, self._fd, self._name = size_bytes, fd, name
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        done = 0
-        while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done:]], start + done)
-            if not got:
-                raise CorruptCheckpoint("a data file was truncated while it was read")
-            done += got
+        fill(self._fd, start, buffer, self._name)
         os.posix_fadvise(self._fd, start, len(buffer), os.POSIX_FADV_DONTNEED)  # nobody reads it again soon
         return buffer
 
