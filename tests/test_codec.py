@@ -201,3 +201,8 @@ def test_what_cannot_be_stored_is_named_with_its_path(value: Any, words: str) ->
 def test_a_tag_of_a_later_version_is_refused() -> None:
     with pytest.raises(CheckpointError, match="unknown kind decimal"):
         decode({"decimal": "1.5"}, lambda ref: None)
+
+
+def test_two_tensors_by_one_path_are_refused():
+    with pytest.raises(CheckpointError, match="tree/a/b: two tensors are there by the same path"):
+        encode({"a/b": torch.ones(2), "a": {"b": torch.zeros(2)}}, "tree")

@@ -10,11 +10,13 @@ written.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -25,23 +27,21 @@ from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
 from cfe_hpc.checkpoints.crew import Crew
 from cfe_hpc.checkpoints.drain import Drain
 from cfe_hpc.checkpoints.flight import Flight
-from cfe_hpc.checkpoints.layout import Placement, place
+from cfe_hpc.checkpoints.hand import Hand
+from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.manifest import Identity
+from cfe_hpc.checkpoints.preparing import Preparation
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.staging import TAKEN_BACK, Source, copy_threads
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
 from cfe_hpc.checkpoints.tiers import NodeTier, bytes_on_node, record
+from cfe_hpc.checkpoints.uncollected import uncollected
 from cfe_hpc.checkpoints.workers import WorkerLost
-from cfe_hpc.errors import CheckpointError, StagingError
-from cfe_hpc.units import format_size
+from cfe_hpc.errors import CheckpointError
 
 __all__ = ["Background"]
-
-_EXTENT_BYTES = 256
-_SLACK_BYTES = 1 << 20
-"""Estimates of what an index takes beside its names and its state; the latter may grow by a few digits, too."""
 
 _GIVE_WAY_S = 0.0005
 """The thread that hands over waits so long: it would take the interpreter from training before that is on its way."""
@@ -84,12 +84,18 @@ class Background:
     _crew: Crew = field(init=False)
     _flight: Flight | None = field(default=None, init=False)
     _alone: bool = field(default=False, init=False)
+    _preparation: Preparation = field(init=False)
+    _hand: Hand = field(default_factory=lambda: Hand("checkpoint-copy"), init=False)
+    _copiers: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         self._crew = Crew(self.group, self.address, tier=self.tier)
         if self.tier is not None:
             drainers = Crew(self.group, self.address, "cfe_hpc.checkpoints.drainer")
             self.drain = Drain(self.root, self.tier, self.policy, self.protect, self.attempt, drainers)
+        node = 0 if self.tier is None else self.tier.node
+        self._preparation = Preparation(self.group, self._crew, self.drain, node=node, limit_bytes=self.limit_bytes)
+        self._copiers = ThreadPoolExecutor(copy_threads(), "checkpoint-copy")
 
     @property
     def in_flight(self) -> int | None:
@@ -118,7 +124,12 @@ class Background:
             CheckpointError: a piece does not fit its dtype and shape; the same on every rank.
             StagingError: there is less memory than it takes; the same on every rank.
         """
-        self._prepare(content)
+        self._preparation.prepare(content)
+        gc.collect()  # it takes 0.1 s with torch loaded, and would come while training waits for a save
+
+    def is_ready(self, form: object) -> bool:
+        """Whether this rank could begin a save of content of this form at once; see Capturing.take."""
+        return self._preparation.is_ready(form)
 
     def begin(self, content: Content, *, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Copy the state; on return training may change it, but for steady pieces with `overlap`: see `settle`.
@@ -131,38 +142,37 @@ class Background:
         """
         assert self._flight is None
         began_s = monotonic()
-        placement, sizes, token = self._prepare(content)
-        identity = Identity(
-            run_id=self.run_id, step=step, attempt=self.attempt, world_size=self.group.size, token=token
-        )
-        flight = Flight(
-            identity=identity,
-            draft=self.root / folders.draft_name(step, self.attempt, token),
-            needed_bytes=sum(size_bytes for _, size_bytes in sizes),
-            to_nodes=self.tier is not None,
-            node_bytes=0 if self.tier is None else bytes_on_node(self.tier, sizes),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-            began_s=began_s,
-        )
-        try:
-            self._copy(flight, placement, content)
-        except Exception as error:  # told when all ranks meet again: the others have begun
-            self._give_up(flight, reason(error))
-        self._flight = flight
+        with uncollected():
+            prepared = self._preparation.prepare(content)
+            identity = Identity(
+                run_id=self.run_id, step=step, attempt=self.attempt, world_size=self.group.size, token=prepared.token
+            )
+            flight = Flight(
+                identity=identity,
+                draft=self.root / folders.draft_name(step, self.attempt, prepared.token),
+                needed_bytes=sum(size_bytes for _, size_bytes in prepared.sizes),
+                to_nodes=self.tier is not None,
+                node_bytes=0 if self.tier is None else bytes_on_node(self.tier, prepared.sizes),
+                metrics={name: float(value) for name, value in (metrics or {}).items()},
+                began_s=began_s,
+            )
+            try:
+                self._copy(flight, prepared.placement, content)
+            except Exception as error:  # told when all ranks meet again: the others have begun
+                self._give_up(flight, reason(error))
+            self._flight = flight
 
     def settle(self) -> None:
         """Wait until this rank's state is copied: it may change from then on. Not collective."""
-        if self._flight is not None and self._flight.handing is not None:
-            self._flight.handing.join()
+        if self._flight is not None and self._flight.handed is not None:
+            self._flight.handed.wait()
 
     def busy(self) -> bool:
         """Whether this rank's writer has something to do still; to be agreed upon, then passed to `advance`."""
         flight = self._flight
-        if flight is None or flight.handing is None:
+        if flight is None or flight.handed is None or flight.complete:
             return False
-        if flight.complete:
-            return False
-        return flight.handing.is_alive() or (flight.problem is None and self._crew.worker.busy())
+        return not flight.handed.is_set() or (flight.problem is None and self._crew.worker.busy())
 
     def advance(self, busy: bool) -> CheckpointInfo | None:
         """Take note of the save in flight, if it has come to its end. Collective.
@@ -253,40 +263,11 @@ class Background:
         """End this rank's writer, whatever it does, and give the memory back."""
         self.settle()
         self._flight = None
+        self._hand.close()
+        self._copiers.shutdown()
         self._crew.worker.close()
         if self.drain is not None:
             self.drain.close()
-
-    def _prepare(self, content: Content) -> tuple[Placement, list[tuple[int, int]], str]:
-        """Where this rank's bytes go, the memory for them being there; each rank's node and bytes; a token."""
-        placements: list[Placement] = []
-
-        def ready() -> bytes:
-            placements.append(place([*content.pieces, *content.own]))
-            state_bytes = len(json.dumps(content.state, allow_nan=False))
-            size_bytes = placements[0].size_bytes + state_bytes
-            index_bytes = sum(len(extent.name) + _EXTENT_BYTES for extent in placements[0].extents)
-            self._fit(size_bytes + index_bytes + _SLACK_BYTES)
-            node, new = (0 if self.tier is None else self.tier.node), self._crew.started().decode()
-            return json.dumps([node, size_bytes, new, drafts.new_token()]).encode()
-
-        ranks = [json.loads(found) for found in all_ranks(self.group, ready)]
-        self._crew.meet([new.encode() for _, _, new, _ in ranks])
-        if self.drain is not None:
-            self.drain.meet()
-        self._crew.worker.attach()
-        return placements[0], [(node, size_bytes) for node, size_bytes, _, _ in ranks], ranks[0][3]
-
-    def _fit(self, size_bytes: int) -> None:
-        if self.limit_bytes is not None and size_bytes > self.limit_bytes:
-            raise StagingError(
-                f"staging takes {format_size(size_bytes)}, checkpoint.staging_memory allows "
-                f"{format_size(self.limit_bytes)}"
-            )
-        try:
-            self._crew.worker.arena.reserve(size_bytes)
-        except OSError as error:
-            raise StagingError(f"no memory for staging, {format_size(size_bytes)}: {reason(error)}") from error
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
         """Copy what must be copied now; a thread asks the writer to follow, and copies the rest."""
@@ -319,10 +300,9 @@ class Background:
                 self._give_up(flight, reason(error))
 
         source.lay_out(staged)
-        flight.handing = threading.Thread(target=hand_over, name="checkpoint-copy", daemon=True)
-        flight.handing.start()
+        flight.handed = self._hand.do(hand_over)
         try:
-            ends = source.copy(now, staged, copy_threads())
+            ends = source.copy(now, staged, self._copiers)
             if later:
                 deque(ends, maxlen=0)  # they lie among those that are copied later
             else:
@@ -339,6 +319,8 @@ class Background:
         sealed, plan = index.seal(), json.dumps(self._plan(flight, content)).encode()
         data_bytes = placement.size_bytes
         behind = sealed + plan if rank == 0 else sealed
+        if data_bytes + len(behind) > self._crew.worker.arena.size_bytes:
+            self._preparation.forget()  # the state outgrows what it was given: next time that is looked at
         self._crew.worker.arena.reserve(data_bytes + len(behind))
         self._crew.worker.arena.view(data_bytes + len(behind))[data_bytes:] = behind
         flight.request = {

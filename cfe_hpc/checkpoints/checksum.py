@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 
-__all__ = ["crc32c", "seal", "unseal"]
+__all__ = ["crc32c", "crc32c_of", "seal", "unseal"]
 
 _TAIL_BYTES = len(b'"crc32c": "00000000"\n}\n')
 
@@ -19,6 +19,11 @@ def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
     Raises:
         CheckpointError: the crc32c package is not installed.
     """
+    return crc32c_of([data], seed)
+
+
+def crc32c_of(parts: Iterable[bytes | bytearray | memoryview], seed: int = 0) -> int:
+    """The same of all parts together, in their order: for thousands of small ones. Raises as `crc32c`."""
     try:
         from crc32c import crc32c as compute
     except ModuleNotFoundError as error:
@@ -26,7 +31,9 @@ def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
             "checkpoints are checked with the crc32c package, which is not installed; "
             "pip install crc32c (it is part of cfe-hpc[train])"
         ) from error
-    return int(compute(data, seed))
+    for part in parts:
+        seed = compute(part, seed)
+    return seed
 
 
 def _tail(head: bytes) -> bytes:

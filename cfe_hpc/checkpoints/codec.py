@@ -14,18 +14,20 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cfe_hpc.checkpoints import tensors
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["Make", "TensorRef", "decode", "encode", "entries", "refs"]
+__all__ = ["Encoded", "Make", "Sighting", "TensorRef", "decode", "encode", "entries", "refs"]
 
 _FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, set, tuple)}
 _SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 _MAPS: dict[str, type] = {"map": dict, "ordered": OrderedDict, "counter": Counter}
+_PLAIN = {type(None), bool, str}
+_CONTAINERS = {list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict}
 _INT64 = 1 << 63
 
 
@@ -56,49 +58,82 @@ Make = Callable[[TensorRef], Any]
 """The tensor or array that stands in a tree for a named one."""
 
 
-class _Encoder:
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+Sighting = tuple[tuple[Any, ...], dict[str, Any]]
+"""How a tensor was met in a tree: `tensors.identity` of it, and its JSON."""
+
+
+class Encoded:
+    """A state tree as JSON, and its tensors.
+
+    Attributes:
+        tree: the JSON.
+        tensors: tensors and arrays by name, not copied. Views of one memory with the same shape are one tensor.
+        sightings: every tensor in the tree by its path, in the tree's order; tied ones as often as they stand there.
+    """
+
+    def __init__(self, tree: Any, name: str, known: Mapping[str, Sighting] | None = None) -> None:
+        """
+        Args:
+            name: the tree's own name; tensors are named by it and their path in the tree, "/" between.
+            known: an earlier tree's sightings. The very JSON objects of those that are the same memory, seen the same
+                way under the same name, are in this tree, too: they need not be made, nor compared.
+
+        Raises:
+            CheckpointError: a value of a type that cannot be stored; names its path and type.
+        """
         self.tensors: dict[str, Any] = {}
+        self.sightings: dict[str, Sighting] = {}
+        self._known = known or {}
         self._names: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
+        self.tree = self._value(tree, name)
 
-    def value(self, value: Any, path: str) -> Any:
+    def _value(self, value: Any, path: str) -> Any:
         """The JSON of any value."""
         kind: type = type(value)
-        if value is None or kind is bool or kind is str:
+        if kind in _PLAIN:
             return value
         if kind is int:
             return value if -_INT64 <= value < _INT64 else {"int": hex(value)}
         if kind is float:
             return value if value - value == 0 else {"float": str(value)}
-        if kind is complex:
-            return {"complex": [self.value(value.real, path), self.value(value.imag, path)]}
-        if kind is bytes or kind is bytearray:
-            return {kind.__name__: base64.b64encode(value).decode()}
-        if kind in (list, tuple, set, frozenset, dict, OrderedDict, Counter, defaultdict):
+        if kind in _CONTAINERS:
             if id(value) in self._open:
                 raise CheckpointError(f"{path}: a {kind.__name__} that holds itself cannot be stored")
             self._open.add(id(value))
             encoded = self._container(value, path)
             self._open.remove(id(value))
             return encoded
+        if tensors.is_tensor(value):
+            return self._tensor(value, path)
+        if kind is complex:
+            return {"complex": [self._value(value.real, path), self._value(value.imag, path)]}
+        if kind is bytes or kind is bytearray:
+            return {kind.__name__: base64.b64encode(value).decode()}
         return self._foreign(value, path)
 
     def _container(self, value: Any, path: str) -> Any:
         kind: type = type(value)
         if kind is list:
-            return [self.value(item, f"{path}/{index}") for index, item in enumerate(value)]
+            return self._items(value, path)
         if kind in (tuple, set, frozenset):
-            return {kind.__name__: [self.value(item, f"{path}/{index}") for index, item in enumerate(value)]}
-        if kind is dict and all(type(key) is str for key in value):
-            return {"dict": {key: self.value(item, f"{path}/{key}") for key, item in value.items()}}
+            return {kind.__name__: self._items(value, path)}
+        if kind is dict and set(map(type, value)) <= {str}:
+            return {"dict": {key: self._value(item, f"{path}/{key}") for key, item in value.items()}}
         pairs = [
-            [self.value(key, f"{path}/(key {key!r})"), self.value(item, f"{path}/{key}")] for key, item in value.items()
+            [self._value(key, f"{path}/(key {key!r})"), self._value(item, f"{path}/{key}")]
+            for key, item in value.items()
         ]
         if kind is defaultdict:
             return {"defaultdict": [self._factory(value.default_factory, path), pairs]}
         return {next(tag for tag, each in _MAPS.items() if each is kind): pairs}
+
+    def _items(self, values: Any, path: str) -> list[Any]:
+        kinds = set(map(type, values))
+        # Thousands of numbers are usual (a generator's state, an order of samples), and training waits.
+        if kinds <= _PLAIN or (kinds == {int} and min(values) >= -_INT64 and max(values) < _INT64):
+            return list(values)
+        return [self._value(item, f"{path}/{index}") for index, item in enumerate(values)]
 
     def _factory(self, factory: Any, path: str) -> str | None:
         if factory is None:
@@ -111,8 +146,6 @@ class _Encoder:
     def _foreign(self, value: Any, path: str) -> Any:
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None:
-            if isinstance(value, torch.Tensor):
-                return {"tensor": self._tensor(value, path)}
             if type(value) is torch.Size:
                 return {"size": list(value)}
             if type(value) is torch.dtype:
@@ -121,7 +154,7 @@ class _Encoder:
                 return {"device": str(value)}
         if numpy is not None:
             if type(value) is numpy.ndarray:
-                return {"tensor": self._tensor(value, path)}
+                return self._tensor(value, path)
             if isinstance(value, numpy.generic) and not value.dtype.hasobject and value.dtype.names is None:
                 return {"scalar": [value.dtype.str, value.tobytes().hex()]}
         raise CheckpointError(
@@ -133,27 +166,22 @@ class _Encoder:
         identity = tensors.identity(value)
         name = self._names.get(identity)
         if name is None:
-            name = path.removeprefix("/")
-            self._names[identity] = name
+            name = self._names[identity] = path.removeprefix("/")
             self.tensors[name] = value
-        return {"name": name, **tensors.describe(value, path)}
+        if path in self.sightings and self.sightings[path][0] != identity:
+            raise CheckpointError(f"{path}: two tensors are there by the same path; give their keys other names")
+        known = self._known.get(path)
+        # An id is no memory: another array may have it by now.
+        same = known is not None and len(identity) > 1 and known[0] == identity and known[1]["tensor"]["name"] == name
+        sighting = known if known and same else (identity, {"tensor": {"name": name, **tensors.describe(value, path)}})
+        self.sightings[path] = sighting
+        return sighting[1]
 
 
 def encode(tree: Any, name: str) -> tuple[Any, dict[str, Any]]:
-    """A state tree as JSON and its tensors by name.
-
-    Args:
-        name: the tree's own name; tensors are named by it and their path in the tree, "/" between.
-
-    Returns:
-        (JSON, tensors and arrays by name). Tensors are not copied. Views of one memory with the same shape are
-        one tensor.
-
-    Raises:
-        CheckpointError: a value of a type that cannot be stored; names its path and type.
-    """
-    encoder = _Encoder(name)
-    return encoder.value(tree, name), encoder.tensors
+    """A state tree as JSON and its tensors by name: see Encoded."""
+    encoded = Encoded(tree, name)
+    return encoded.tree, encoded.tensors
 
 
 def decode(encoded: Any, make: Make) -> Any:

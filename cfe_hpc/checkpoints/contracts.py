@@ -17,7 +17,7 @@ from typing import Any
 from cfe_hpc.checkpoints.dtensors import is_dtensor, local_part
 from cfe_hpc.checkpoints.tensors import aliases, is_tensor
 
-__all__ = ["Contracts", "contracts_of", "unchanged_since"]
+__all__ = ["NOTHING", "Contracts", "contracts_of", "unchanged_since"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,14 @@ class Contracts:
         return kind == "optimizer" and "/state/" in name and tensor.dim() > 0
 
 
+NOTHING = Contracts(frozenset(), frozenset(), frozenset())
+
+
 def contracts_of(objects: Mapping[str, Any], group_size: int) -> Contracts:
     """What holds for tracked objects, as they were tracked: still in their wrappers."""
     torch = sys.modules.get("torch")
     if torch is None:
-        return Contracts(frozenset(), frozenset(), frozenset())
+        return NOTHING
     optimizers = {name: thing for name, thing in objects.items() if isinstance(thing, torch.optim.Optimizer)}
     parameters = {
         name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -95,7 +98,7 @@ def _memory(tensor: Any) -> tuple[Any, ...] | None:
     local = local_part(tensor) if is_dtensor(tensor) else tensor
     if local.layout is not sys.modules["torch"].strided or local.numel() == 0:
         return None
-    return (str(local.device), local.data_ptr(), local.numel(), local.dtype)
+    return (local.device, local.data_ptr(), local.numel(), local.dtype)
 
 
 def unchanged_since(steady: Iterable[Any]) -> Callable[[], bool]:

@@ -55,6 +55,11 @@ class Crew:
         """
         return all_ranks(self._group, self.started)
 
+    @property
+    def is_met(self) -> bool:
+        """Whether this rank's helper runs, and is connected."""
+        return self._met and self.worker.is_alive
+
     def started(self) -> bytes:
         """Start this rank's helper unless it runs; what `meet` needs to hear from each rank. Raises StagingError."""
         try:

@@ -60,6 +60,11 @@ class Drain:
         """
         self._crew.start()
 
+    @property
+    def is_met(self) -> bool:
+        """Whether this rank's drainer runs, and is connected."""
+        return self._crew.is_met
+
     def meet(self) -> None:
         """Have drainers that know of each other. Collective; raises as `start`."""
         self._crew.meet(self._crew.start())

@@ -18,7 +18,7 @@ class Flight:
 
     Attributes:
         needed_bytes: of all ranks' files, nearly.
-        handing: the thread that completes this rank's copy and asks its writer to write it.
+        handed: set when this rank's copy is complete and its writer asked to write it; None before that is begun.
         problem: why this rank's part was never handed over; None while it may yet be, or was.
         torn: whether that is because the state changed while it was copied.
         request: what the writer was asked.
@@ -32,7 +32,7 @@ class Flight:
     needed_bytes: int
     metrics: dict[str, float]
     began_s: float
-    handing: threading.Thread | None = None
+    handed: threading.Event | None = None
     problem: str | None = None
     torn: bool = False
     request: dict[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from cfe_hpc.checkpoints.reader import Opened, parse_manifest, read_manifest_byt
 from cfe_hpc.checkpoints.shard import header
 from cfe_hpc.checkpoints.shard_reader import read_index
 from cfe_hpc.checkpoints.staging import Source
+from cfe_hpc.checkpoints.uncollected import uncollected
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.runfolder import utc_now
 
@@ -48,6 +49,10 @@ class Content:
         layout: facts that must agree between checkpoint and job, JSON; rank 0's are stored.
         unchanged: tells whether the steady pieces of torch tensors are as they were when this was made, as far as
             torch counts writes: not those of another library, or through `.data`.
+        form: the same object in contents of this rank that are alike but for bytes, `state` and `layout`; None for
+            one that has no like.
+        holds: keeps the memory of pieces where they do not.
+        awaited: every rank has said that it is ready for contents of their forms; the same on all of them.
     """
 
     pieces: Sequence[Piece] = ()
@@ -55,6 +60,9 @@ class Content:
     state: Any = None
     layout: dict[str, Any] = field(default_factory=dict)
     unchanged: Callable[[], bool] = lambda: True
+    form: object = None
+    holds: object = None
+    awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +149,7 @@ def _write_shard(draft: Path, identity: Identity, rank: int, content: Content, m
     return drafts.write_shard(draft, index, source, moment)
 
 
+@uncollected()
 def resume(
     root: Path,
     load: Callable[[Opened], None],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "aliases",
     "allocate",
+    "borrowed",
     "describe",
     "digests",
     "dtype_name",
@@ -60,11 +62,12 @@ def is_tensor(value: Any) -> bool:
 
 def identity(value: Any) -> tuple[Any, ...]:
     """Equal for tensors that are one and the same memory, seen the same way."""
-    if not is_tensor(value):
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor):
         return (id(value),)
-    if is_dtensor(value):
+    if type(value) is not torch.Tensor and is_dtensor(value):
         return dtensor_identity(value)
-    if value.layout is not _strided() or value.is_meta or value.numel() == 0:
+    if value.layout is not torch.strided or value.is_meta or value.numel() == 0:
         return (id(value),)
     return (
         value.device,
@@ -155,6 +158,14 @@ def tensor_bytes(value: Any, start: int = 0, count: int | None = None) -> memory
     plain = value.detach().resolve_conj().resolve_neg().reshape(-1)
     plain = plain[start : None if count is None else start + count].cpu().contiguous()
     return memoryview(plain.view(uint8).numpy().data)
+
+
+def borrowed(view: memoryview) -> memoryview:
+    """The same writable bytes, without keeping them there: not to be touched unless something else does."""
+    if not view.nbytes:
+        return view
+    array = ctypes.c_ubyte * view.nbytes
+    return memoryview(array.from_address(ctypes.addressof(ctypes.c_ubyte.from_buffer(view)))).cast("B")
 
 
 def digests(values: Sequence[tuple[Any, bool]]) -> list[int]:

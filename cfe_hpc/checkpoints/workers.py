@@ -46,6 +46,11 @@ class Worker:
         """The process id; None while there is no process."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process, and it runs."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> bool:
         """Start the process, unless it runs.
 
@@ -56,7 +61,7 @@ class Worker:
             OSError: it cannot be started.
         """
         if self._process is not None:
-            if self._process.poll() is None:
+            if self.is_alive:
                 return False
             self._end()
         link, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

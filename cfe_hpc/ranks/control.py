@@ -8,6 +8,7 @@ never needs it here.
 from __future__ import annotations
 
 import atexit
+from array import array
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib import import_module
@@ -49,15 +50,13 @@ class GlooGroup:
         self._max.reduceOp = dist.ReduceOp.MAX
         self._torch = torch
         self._dist = dist
-        self._flags = torch.zeros(0, dtype=torch.int64)
 
     def all_max(self, values: Sequence[int]) -> list[int]:
-        if len(values) != len(self._flags):
-            self._flags = self._torch.zeros(len(values), dtype=self._torch.int64)
-        for index, value in enumerate(values):
-            self._flags[index] = value
-        self._group.allreduce([self._flags], self._max).wait()
-        agreed: list[int] = self._flags.tolist()
+        if not values:
+            return []
+        flags = self._torch.frombuffer(array("q", values), dtype=self._torch.int64)
+        self._group.allreduce([flags], self._max).wait()
+        agreed: list[int] = flags.tolist()
         return agreed
 
     def all_gather(self, data: bytes) -> list[bytes]:

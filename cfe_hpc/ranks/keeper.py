@@ -52,6 +52,7 @@ class Keeper:
         self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
         self._objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
+        self._capturing = tracked.Capturing(self._objects, group=place.group, facts=self._facts)
         self._sealed = False
         self._saved_step: int | None = None
         self._resumed_step: int | None = None
@@ -274,7 +275,7 @@ class Keeper:
         try:
             info = store.save(
                 self._root,
-                tracked.capture(self._objects, group=group, facts=self._facts),
+                self._capturing.take(),
                 step=done,
                 attempt=self._place.facts.attempt,
                 run_id=self._run_id,
@@ -360,7 +361,7 @@ class Keeper:
         """Have the memory before the first save, but after a step: only then have optimizers all of their state."""
         self._reserved = True
         try:
-            background.reserve(tracked.capture(self._objects, group=self._place.group, facts=self._facts))
+            background.reserve(self._capturing.take())
         except StagingError as error:
             self._give_up(error)
         except CheckpointError as error:
@@ -370,8 +371,7 @@ class Keeper:
         began_s, metrics = time.monotonic(), self._journal.take_metrics()
         self._reserved = True
         try:
-            content = tracked.capture(self._objects, group=self._place.group, facts=self._facts)
-            background.begin(content, step=done, metrics=metrics)
+            background.begin(self._capturing.take(background.is_ready), step=done, metrics=metrics)
         except StagingError as error:
             self._give_up(error)
             self._save(done, metrics)

@@ -30,14 +30,14 @@ class Saves:
         from bench_checkpoint.ours import RUN
         from cfe_hpc.checkpoints.background import Background
         from cfe_hpc.checkpoints.rotation import Retention
-        from cfe_hpc.checkpoints.tracked import capture
+        from cfe_hpc.checkpoints.tracked import Capturing
 
         self._group = group
-        self._content = lambda: capture({"state": state}, group=group)
+        self._capturing = Capturing({"state": state}, group=group)
         policy = Retention(keep_last=keep)
         self._saves = Background(root=Path(), run_id=RUN, attempt=0, group=group, policy=policy)
         self._saves.start()
-        self._saves.reserve(self._content())
+        self._saves.reserve(self._capturing.take())
         self._step = 0
 
     def run(self, folder: Path, saves: int, steps_between: int) -> dict[str, list[float]]:
@@ -48,7 +48,7 @@ class Saves:
             self._step += steps_between
             self._group.barrier()
             began = time.monotonic()
-            self._saves.begin(self._content(), step=self._step)
+            self._saves.begin(self._capturing.take(self._saves.is_ready), step=self._step)
             blocked.append(time.monotonic() - began)
             for _ in range(steps_between):
                 busy = bool(self._group.all_max([int(self._saves.busy())])[0])

@@ -12,7 +12,7 @@ from bench_checkpoint.ways import Way
 from cfe_hpc.checkpoints.background import Background
 from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import resume, save
-from cfe_hpc.checkpoints.tracked import capture, restore
+from cfe_hpc.checkpoints.tracked import Capturing, restore
 
 RUN = "benchmark"
 
@@ -33,8 +33,12 @@ class Save(Way):
     def _objects(self) -> dict[str, Any]:
         return {"state": self.state}
 
+    @functools.cached_property
+    def _capturing(self) -> Capturing:
+        return Capturing(self._objects(), group=self.place.group)
+
     def _content(self) -> Any:
-        return capture(self._objects(), group=self.place.group)
+        return self._capturing.take()
 
 
 class Beside(Save):
@@ -73,7 +77,7 @@ class Beside(Save):
     def begin(self, folder: Path) -> None:
         self._moments = {}
         self._saves.root = folder
-        content = self._content()
+        content = self._capturing.take(self._saves.is_ready)
         self._moments["called"] = time.monotonic()
         self._saves.begin(content, step=1)
         if self._overlap:
