@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from test_checkpoint_async import saving, wait_for
 from test_checkpoint_tracked import Sampler, Training, bits
 
 from cfe_hpc.checkpoints.capturing import Capturing, capture
+from cfe_hpc.checkpoints.hand import Hand
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.store import Content, newest
@@ -287,3 +289,14 @@ def test_a_save_like_the_last_one_takes_one_round_and_is_of_its_own_step(tmp_pat
     assert opened is not None and opened.step == 4
     tokens = {Opened.at(path).manifest.identity.token for path in tmp_path.glob("step-*")}
     assert len(tokens) == 3
+
+
+def test_what_raises_in_a_hand_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    hand, made = Hand("test"), list[int]()
+    assert hand.do(lambda: made.append(1 // 0)).wait(30)
+    wait_for(lambda: raised, "the thread ends")
+    assert hand.do(lambda: made.append(2)).wait(30) and made == [2]
+    hand.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "test"]

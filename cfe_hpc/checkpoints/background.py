@@ -125,6 +125,8 @@ class Background:
             StagingError: there is less memory than it takes; the same on every rank.
         """
         self._preparation.prepare(content)
+        self._hand.do(lambda: None).wait()
+        deque(self._copiers.map(sleep, [_GIVE_WAY_S] * copy_threads()), maxlen=0)  # its threads start, too
         gc.collect()  # it takes 0.1 s with torch loaded, and would come while training waits for a save
 
     def is_ready(self, form: object) -> bool:

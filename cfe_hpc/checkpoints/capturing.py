@@ -112,7 +112,6 @@ class Capturing:
 
     def _agree(self, captured: Sequence[Captured], contracts: Contracts, problem: Exception | None) -> Plan:
         """Work out with the other ranks who writes what. Collective."""
-
         runs: list[Part] = []
 
         def shape_sums() -> bytes:

@@ -59,6 +59,8 @@ def dtensor_identity(value: Any) -> tuple[Any, ...]:
         "dtensor",
         memory,
         local.storage_offset(),
+        local.shape,
+        local.stride(),
         value.dtype,
         value.shape,
         value.placements,

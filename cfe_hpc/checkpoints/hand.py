@@ -19,8 +19,8 @@ class Hand:
         self._thread: threading.Thread | None = None
 
     def do(self, act: Callable[[], None]) -> threading.Event:
-        """Have `act` done, which raises nothing; what is returned is set when it is."""
-        if self._thread is None:
+        """Have `act` done; what is returned is set when it is, or has raised."""
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         done = threading.Event()
@@ -30,8 +30,10 @@ class Hand:
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:
             act, done = asked
-            act()
-            done.set()
+            try:
+                act()
+            finally:
+                done.set()
             del asked, act, done  # and with them what was saved
 
     def close(self) -> None:
