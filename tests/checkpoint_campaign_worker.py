@@ -15,10 +15,10 @@ from checkpoint_groups import SocketGroup
 
 from cfe_hpc.checkpoints import store
 from cfe_hpc.checkpoints.agree import all_ranks
-from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.protocols import Piece
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import Content
 from cfe_hpc.errors import CheckpointError
 

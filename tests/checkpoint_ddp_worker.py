@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_groups import SocketGroup
 
-from cfe_hpc.checkpoints import tensors
+from cfe_hpc.checkpoints.state import tensors
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, restore
 

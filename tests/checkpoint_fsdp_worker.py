@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cfe_hpc.checkpoints.reader import Opened
+from cfe_hpc.checkpoints.state.torch_group import TorchGroup
 from cfe_hpc.checkpoints.store import save
-from cfe_hpc.checkpoints.torch_group import TorchGroup
 from cfe_hpc.checkpoints.tracked import capture, restore
 from cfe_hpc.errors import CheckpointError
 from cfe_hpc.ranks.weights import weights_sha256

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from cfe_hpc.checkpoints import nodelocal
 from cfe_hpc.checkpoints.manifest import MANIFEST, data_name, index_name
 from cfe_hpc.checkpoints.reader import read_manifest
-from cfe_hpc.checkpoints.tiers import NodeTier
+from cfe_hpc.checkpoints.tiers import nodelocal
+from cfe_hpc.checkpoints.tiers.places import NodeTier
 
 
 def node(base: Path, number: int, *, local_rank: int = 0, **options) -> NodeTier:

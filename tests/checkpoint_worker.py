@@ -9,8 +9,8 @@ from pathlib import Path
 
 from checkpoint_groups import SocketGroup
 
+from cfe_hpc.checkpoints.keeping.rotation import rotate
 from cfe_hpc.checkpoints.protocols import Piece
-from cfe_hpc.checkpoints.rotation import rotate
 from cfe_hpc.checkpoints.store import Content, newest, save
 from cfe_hpc.config.job import Checkpoint
 

@@ -15,9 +15,10 @@ import torch
 from checkpoint_runs import call, document, flip, new_run, put
 from safetensors.torch import load_file
 
-from cfe_hpc.checkpoints import marks, pins
-from cfe_hpc.checkpoints.arithmetic import Arithmetic
+from cfe_hpc.checkpoints import marks
+from cfe_hpc.checkpoints.keeping import pins
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
+from cfe_hpc.checkpoints.tools.arithmetic import Arithmetic
 from cfe_hpc.cli import progress
 from cfe_hpc.errors import CheckpointError
 from cfe_hpc.runfolder import RunFolder

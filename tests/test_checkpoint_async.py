@@ -15,9 +15,9 @@ import pytest
 from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_store import content, find, small_disk
 
-from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
-from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import Content, newest
 from cfe_hpc.errors import CheckpointError, StagingError
 

@@ -20,13 +20,13 @@ from test_checkpoint_async import boundaries_until_saved, gone, saving, wait_for
 from test_checkpoint_store import content, find, put
 
 from cfe_hpc.checkpoints import drafts, folders
-from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.beside.workers import Worker
+from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import Retention
 from cfe_hpc.checkpoints.store import Content, save
-from cfe_hpc.checkpoints.workers import Worker
 from cfe_hpc.errors import CheckpointError
 
 STEP1 = "step-000000001"

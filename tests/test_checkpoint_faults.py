@@ -25,9 +25,9 @@ from checkpoint_campaign_worker import POLICY, RUN_ID, difference, resume
 from test_checkpoint_async import children, wait_for
 
 from cfe_hpc.checkpoints.folders import committed
+from cfe_hpc.checkpoints.keeping.rotation import rotate
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import rotate
 
 FULL = bool(os.environ.get("CFE_TEST_FULL"))
 KILLS = 200 if FULL else 8

@@ -15,8 +15,8 @@ from test_checkpoint_async import saving, wait_for
 from test_checkpoint_store import content, put
 
 from cfe_hpc.checkpoints.folders import committed, trash
+from cfe_hpc.checkpoints.keeping.rotation import Retention, Rotation
 from cfe_hpc.checkpoints.protocols import SoloGroup
-from cfe_hpc.checkpoints.rotation import Retention, Rotation
 
 EVERY = 7
 POLICY = Retention(keep_last=2, keep_every_steps=EVERY)

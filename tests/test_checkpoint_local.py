@@ -18,10 +18,11 @@ from test_checkpoint_async import gone, wait_for
 from test_checkpoint_store import content, find
 from test_checkpoint_tiers import bring
 
-from cfe_hpc.checkpoints import background, nodelocal
-from cfe_hpc.checkpoints.background import Background
-from cfe_hpc.checkpoints.rotation import Retention
-from cfe_hpc.checkpoints.tiers import tiers_of
+from cfe_hpc.checkpoints.beside import background
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.keeping.rotation import Retention
+from cfe_hpc.checkpoints.tiers import nodelocal
+from cfe_hpc.checkpoints.tiers.places import tiers_of
 from cfe_hpc.errors import CheckpointError
 
 

@@ -19,10 +19,10 @@ from checkpoint_groups import ThreadGroup, all_good, run_ranks
 from test_checkpoint_async import saving, wait_for
 from test_checkpoint_tracked import Sampler, Training, bits
 
-from cfe_hpc.checkpoints.capturing import Capturing, capture
-from cfe_hpc.checkpoints.hand import Hand
+from cfe_hpc.checkpoints.beside.hand import Hand
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
+from cfe_hpc.checkpoints.state.capturing import Capturing, capture
 from cfe_hpc.checkpoints.store import Content, newest
 from cfe_hpc.checkpoints.tracked import restore
 from cfe_hpc.errors import CheckpointError

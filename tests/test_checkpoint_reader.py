@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfe_hpc.checkpoints import layout
+from cfe_hpc.checkpoints.io.staging import Source
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, Placement, divide, place
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.staging import Source
 from cfe_hpc.checkpoints.store import Content, newest, save
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch
 

@@ -13,9 +13,9 @@ from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_store import find, put
 from test_checkpoint_tiers import flip
 
-from cfe_hpc.checkpoints import remote
-from cfe_hpc.checkpoints.reclaim import fetch
-from cfe_hpc.checkpoints.remote import Remote
+from cfe_hpc.checkpoints.tiers import remote
+from cfe_hpc.checkpoints.tiers.reclaim import fetch
+from cfe_hpc.checkpoints.tiers.remote import Remote
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 
 pytest.importorskip("fsspec")
@@ -62,7 +62,7 @@ def test_what_was_pushed_is_fetched_by_any_number_of_ranks(root: Path, url: str,
 
 def test_another_process_finds_it(root: Path, url: str) -> None:
     Remote(url, "run-1").push(step(root, 3))
-    program = f"from cfe_hpc.checkpoints.remote import Remote; print(Remote({url!r}, 'run-1').steps())"
+    program = f"from cfe_hpc.checkpoints.tiers.remote import Remote; print(Remote({url!r}, 'run-1').steps())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[3]\n"
 

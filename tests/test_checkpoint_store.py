@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from checkpoint_groups import ThreadGroup, all_good, run_ranks
 
-from cfe_hpc.checkpoints import folders, shard
+from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints.io import shard
 from cfe_hpc.checkpoints.manifest import Manifest
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content, newest, save

@@ -13,10 +13,10 @@ from checkpoint_groups import all_good, run_ranks
 from checkpoint_nodes import node, scatter
 from test_checkpoint_store import find, put
 
-from cfe_hpc.checkpoints import nodelocal, partner, tiers
 from cfe_hpc.checkpoints.manifest import MANIFEST
-from cfe_hpc.checkpoints.partner import Receiver, Sending
-from cfe_hpc.checkpoints.reclaim import reclaim
+from cfe_hpc.checkpoints.tiers import nodelocal, partner, places
+from cfe_hpc.checkpoints.tiers.partner import Receiver, Sending
+from cfe_hpc.checkpoints.tiers.reclaim import reclaim
 from cfe_hpc.errors import CheckpointError
 
 SECRET = bytes(range(32))
@@ -200,13 +200,13 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_login_node_knows_where_checkpoints_lie(root: Path) -> None:
-    tiers.record(root, 1, 0, "local", ["n1", "n2"])
-    tiers.record(root, 2, 0, "local", ["n1", "n2"])
-    tiers.record(root, 1, 0, "remote", ["file:///x"])
-    tiers.record(root, 1, 0, "local", ["n1"], gone=True)
+    places.record(root, 1, 0, "local", ["n1", "n2"])
+    places.record(root, 2, 0, "local", ["n1", "n2"])
+    places.record(root, 1, 0, "remote", ["file:///x"])
+    places.record(root, 1, 0, "local", ["n1"], gone=True)
     with open(root / "tiers.ndjson", "a") as stream:
         stream.write('{"step": "x"}\n{"torn')
-    assert tiers.tiers_of(root) == {1: ["shared", "remote"], 2: ["local"]}
+    assert places.tiers_of(root) == {1: ["shared", "remote"], 2: ["local"]}
 
 
 # The partner

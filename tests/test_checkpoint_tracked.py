@@ -12,10 +12,10 @@ import pytest
 import torch
 from checkpoint_groups import all_good, run_ranks
 
-from cfe_hpc.checkpoints import landing, tensors
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rng import capture_rng, restore_rng
+from cfe_hpc.checkpoints.state import landing, tensors
+from cfe_hpc.checkpoints.state.rng import capture_rng, restore_rng
 from cfe_hpc.checkpoints.store import newest, save
 from cfe_hpc.checkpoints.tracked import capture, is_trackable, restore
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint

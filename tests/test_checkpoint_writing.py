@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cfe_hpc.checkpoints import aio, hugepages, streaming
-from cfe_hpc.checkpoints.aio import Queue
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.hugepages import HugePages
+from cfe_hpc.checkpoints.io import aio, hugepages, streaming
+from cfe_hpc.checkpoints.io.aio import Queue
+from cfe_hpc.checkpoints.io.hugepages import HugePages
+from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, collapse, page_buffer, shared_pages
+from cfe_hpc.checkpoints.io.shard import write_data
+from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Arena, Staged
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
-from cfe_hpc.checkpoints.memory import HUGE_BYTES, collapse, page_buffer, shared_pages
-from cfe_hpc.checkpoints.shard import write_data
-from cfe_hpc.checkpoints.staging import TAKEN_BACK, Arena, Staged
 from cfe_hpc.errors import CheckpointError
 
 SIZE_BYTES = 9 * CHUNK_BYTES + 3 * BLOCK_BYTES

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfe_hpc.checkpoints.codec import decode, encode, refs
-from cfe_hpc.checkpoints.tensors import allocate, tensor_bytes
+from cfe_hpc.checkpoints.state.tensors import allocate, tensor_bytes
 from cfe_hpc.errors import CheckpointError
 
 

@@ -37,7 +37,7 @@ def saved(rank: int, root: str, more: int) -> dict[str, dict[str, Any]]:
 
 def loaded(rank: int, root: str, sizes: tuple[int, ...], more: int) -> dict[tuple[str, int], dict[str, Any]]:
     """Import each of them, export it again, load the export with DeepSpeed alone, and go on with both."""
-    from cfe_hpc.checkpoints.deepspeed_files import load_deepspeed_checkpoint, save_deepspeed_checkpoint
+    from cfe_hpc.checkpoints.state.deepspeed_files import load_deepspeed_checkpoint, save_deepspeed_checkpoint
 
     results = {}
     for engine, saved_by in product(ENGINES, sizes):
@@ -58,7 +58,7 @@ def loaded(rank: int, root: str, sizes: tuple[int, ...], more: int) -> dict[tupl
 
 def crossed(rank: int, root: str, saved_by: int) -> dict[tuple[str, str], Any]:
     """Import into another stage than the one that saved."""
-    from cfe_hpc.checkpoints.deepspeed_files import load_deepspeed_checkpoint
+    from cfe_hpc.checkpoints.state.deepspeed_files import load_deepspeed_checkpoint
 
     results = {}
     for source, target in CROSSED:
@@ -116,7 +116,7 @@ def refusals(rank: int, root: str) -> dict[str, str]:
     """Messages for spoiled checkpoints of two ranks."""
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed_reader import DeepSpeedReader
+    from cfe_hpc.checkpoints.state.deepspeed_reader import DeepSpeedReader
     from cfe_hpc.errors import CheckpointError
 
     training = Training("zero2", seed=1)

@@ -42,7 +42,7 @@ def train(engine: Any, steps: int) -> None:
 def buffers_schedule_and_counters(rank: int, root: str) -> None:
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState, is_deepspeed_engine
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState, is_deepspeed_engine
 
     zero = {"zero_optimization": {"stage": 1}}
     engine = user_engine(scheduler=True, **zero)
@@ -73,7 +73,7 @@ def load_before_any_step(rank: int, root: str) -> None:
     """A checkpoint of step 0 has no moments; an engine resumed from it makes its own."""
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     engine = user_engine(zero_optimization={"stage": 2})
     save_sharded(Path(root), DeepSpeedState(engine), step=0)
@@ -97,7 +97,7 @@ def freeze_and_tie(model: Any) -> None:
 def frozen_and_tied_without_zero(rank: int, root: str) -> None:
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     engine = user_engine(prepare=freeze_and_tie)
     train(engine, 2)
@@ -121,7 +121,7 @@ def test_frozen_and_tied_parameters_without_zero(tmp_path: Path) -> None:
 
 
 def another_model(rank: int, root: str) -> None:
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     save_sharded(Path(root), DeepSpeedState(user_engine(zero_optimization={"stage": 1})), step=1)
     other = user_engine(width=7, zero_optimization={"stage": 1})
@@ -139,7 +139,7 @@ def one_rank_meets_altered_bytes(rank: int, root: str) -> str:
     """Rank 1's own part of the state is altered on the disk; the messages of both ranks."""
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     engine = user_engine(zero_optimization={"stage": 3})
     train(engine, 1)
@@ -172,7 +172,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def refusals(rank: int) -> dict[str, str]:
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     messages = {}
     for name, zero in REFUSED.items():
@@ -194,7 +194,7 @@ def negative_zero(rank: int) -> list[bytes]:
     """consolidated() hands over bits, not sums: -0.0 stays -0.0, and a NaN keeps its payload."""
     import torch
 
-    from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+    from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
     engine = user_engine(zero_optimization={"stage": 2})
     for master in engine.optimizer.single_partition_of_fp32_groups:

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfe_hpc.checkpoints import folders, marks, pins, remover, rotation
+from cfe_hpc.checkpoints import folders, marks
+from cfe_hpc.checkpoints.keeping import pins, remover, rotation
+from cfe_hpc.checkpoints.keeping.remover import Remover
+from cfe_hpc.checkpoints.keeping.rotation import Kept, Rotation, inventory, reasons, rotate
 from cfe_hpc.checkpoints.manifest import FileFacts, Identity, Manifest
-from cfe_hpc.checkpoints.remover import Remover
-from cfe_hpc.checkpoints.rotation import Kept, Rotation, inventory, reasons, rotate
 from cfe_hpc.config.job import Checkpoint
 from cfe_hpc.errors import CheckpointError
 

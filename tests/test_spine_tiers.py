@@ -18,7 +18,7 @@ from test_spine_local import TOTAL, Submit, submit, supervisor_of, total
 from test_stops_slurm import STEPS as SLURM_STEPS
 from test_stops_slurm import Stage
 
-from cfe_hpc.checkpoints.tiers import tiers_of
+from cfe_hpc.checkpoints.tiers.places import tiers_of
 
 __all__ = ["submit"]
 
@@ -45,9 +45,8 @@ def start(submit: Submit, tmp_path: Path) -> Start:
 def helpers(run: LiveRun, module: str) -> list[int]:
     """Process ids of the helpers of all ranks that run a module."""
     pids = [pid for rank in children(supervisor_of(run)) for pid in children(rank)]
-    return [
-        pid for pid in pids if f"cfe_hpc.checkpoints.{module}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    name = f"cfe_hpc.checkpoints.tiers.{module}".encode()
+    return [pid for pid in pids if name in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def on_nodes(run: LiveRun) -> list[int]:

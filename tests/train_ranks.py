@@ -92,7 +92,7 @@ def _rank_main(rank: int, world_size: int, port: int, answers: Any, function: An
 
 def gloo_group() -> Group:
     """`checkpoints.protocols.Group` over the default process group."""
-    from cfe_hpc.checkpoints.torch_group import TorchGroup
+    from cfe_hpc.checkpoints.state.torch_group import TorchGroup
 
     return TorchGroup(None)
 

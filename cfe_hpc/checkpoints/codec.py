@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cfe_hpc.checkpoints import tensors
+from cfe_hpc.checkpoints.state import tensors
 from cfe_hpc.errors import CheckpointError
 
 __all__ = ["Encoded", "Make", "Sighting", "TensorRef", "decode", "encode", "entries", "refs"]

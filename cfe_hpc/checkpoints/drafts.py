@@ -14,6 +14,8 @@ from pathlib import Path
 
 from cfe_hpc.checkpoints import folders
 from cfe_hpc.checkpoints.checksum import crc32c
+from cfe_hpc.checkpoints.io.shard import data_facts, write_data, write_file
+from cfe_hpc.checkpoints.io.staging import Chunks
 from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.manifest import (
     MANIFEST,
@@ -26,8 +28,6 @@ from cfe_hpc.checkpoints.manifest import (
 )
 from cfe_hpc.checkpoints.protocols import Fault
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.shard import data_facts, write_data, write_file
-from cfe_hpc.checkpoints.staging import Chunks
 from cfe_hpc.errors import DiskFull
 from cfe_hpc.files import fsync_dir
 from cfe_hpc.units import format_size

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints.folders import step_name
+from cfe_hpc.checkpoints.io.reads import Batch, Chunk, read_all
+from cfe_hpc.checkpoints.io.shard import num_chunks
+from cfe_hpc.checkpoints.io.shard_reader import ShardReader, read_index
 from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
 from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, ShardIndex, data_name, index_name
-from cfe_hpc.checkpoints.reads import Batch, Chunk, read_all
-from cfe_hpc.checkpoints.shard import num_chunks
-from cfe_hpc.checkpoints.shard_reader import ShardReader, read_index
 from cfe_hpc.errors import CheckpointMismatch, CorruptCheckpoint
 
 __all__ = ["Opened", "OwnReader", "SharedReader", "read_manifest"]

@@ -17,14 +17,14 @@ from typing import Any
 
 from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
+from cfe_hpc.checkpoints.io.shard import header
+from cfe_hpc.checkpoints.io.shard_reader import read_index
+from cfe_hpc.checkpoints.io.staging import Source
 from cfe_hpc.checkpoints.layout import place
 from cfe_hpc.checkpoints.manifest import Identity, Manifest
 from cfe_hpc.checkpoints.protocols import Fault, Group, Piece
 from cfe_hpc.checkpoints.reader import Opened, parse_manifest, read_manifest_bytes
-from cfe_hpc.checkpoints.shard import header
-from cfe_hpc.checkpoints.shard_reader import read_index
-from cfe_hpc.checkpoints.staging import Source
-from cfe_hpc.checkpoints.uncollected import uncollected
+from cfe_hpc.checkpoints.state.uncollected import uncollected
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.runfolder import utc_now
 

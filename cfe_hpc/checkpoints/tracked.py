@@ -8,14 +8,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from cfe_hpc.checkpoints import codec, restoring
+from cfe_hpc.checkpoints import codec
 from cfe_hpc.checkpoints.agree import all_ranks
-from cfe_hpc.checkpoints.capturing import RNG, Capturing, capture, parameter_names
-from cfe_hpc.checkpoints.filling import Filling
-from cfe_hpc.checkpoints.kinds import bare, is_trackable, kind_of
 from cfe_hpc.checkpoints.protocols import Group, ReadInto, Sharded
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rng import restore_rng
+from cfe_hpc.checkpoints.state import restoring
+from cfe_hpc.checkpoints.state.capturing import RNG, Capturing, capture, parameter_names
+from cfe_hpc.checkpoints.state.filling import Filling
+from cfe_hpc.checkpoints.state.kinds import bare, is_trackable, kind_of
+from cfe_hpc.checkpoints.state.rng import restore_rng
 from cfe_hpc.errors import CheckpointMismatch, CorruptCheckpoint
 
 __all__ = ["Capturing", "capture", "is_trackable", "restore"]

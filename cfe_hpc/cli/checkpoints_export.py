@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cfe_hpc.checkpoints.epochs import export_epochs, of_epochs, total_bytes
-from cfe_hpc.checkpoints.export import Written, export_huggingface, export_safetensors, size_bytes
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.weights import Source, shared, weights
+from cfe_hpc.checkpoints.state.weights import Source, shared, weights
+from cfe_hpc.checkpoints.tools.epochs import export_epochs, of_epochs, total_bytes
+from cfe_hpc.checkpoints.tools.export import Written, export_huggingface, export_safetensors, size_bytes
 from cfe_hpc.cli.checkpoints_common import open_chosen
 from cfe_hpc.cli.common import find_run, print_json
 from cfe_hpc.cli.progress import bar

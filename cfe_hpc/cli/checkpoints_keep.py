@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from cfe_hpc.checkpoints import folders, pins
-from cfe_hpc.checkpoints.rotation import glance, inventory, reasons, rotate
-from cfe_hpc.checkpoints.verified import recall, verify
+from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints.keeping import pins
+from cfe_hpc.checkpoints.keeping.rotation import glance, inventory, reasons, rotate
+from cfe_hpc.checkpoints.keeping.verified import recall, verify
 from cfe_hpc.cli.checkpoints_common import chosen, policy_of, resumed_step
 from cfe_hpc.cli.common import find_run, print_json
 from cfe_hpc.cli.progress import bar

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints import marks
+from cfe_hpc.checkpoints.keeping.rotation import glance, inventory, reasons
+from cfe_hpc.checkpoints.keeping.verified import recall
 from cfe_hpc.checkpoints.manifest import Manifest
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import glance, inventory, reasons
-from cfe_hpc.checkpoints.tiers import tiers_of
-from cfe_hpc.checkpoints.verified import recall
+from cfe_hpc.checkpoints.tiers.places import tiers_of
 from cfe_hpc.cli.checkpoints_common import chosen, open_chosen, policy_of, resumed_step
 from cfe_hpc.cli.common import find_run, print_json
 from cfe_hpc.errors import CorruptCheckpoint

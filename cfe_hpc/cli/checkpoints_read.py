@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cfe_hpc.checkpoints.differences import Changed, Comparison, compare
-from cfe_hpc.checkpoints.export import size_bytes
+from cfe_hpc.checkpoints.keeping.verified import verify as verify_one
 from cfe_hpc.checkpoints.reader import Opened, read_manifest
-from cfe_hpc.checkpoints.verified import verify as verify_one
-from cfe_hpc.checkpoints.weights import shared
+from cfe_hpc.checkpoints.state.weights import shared
+from cfe_hpc.checkpoints.tools.differences import Changed, Comparison, compare
+from cfe_hpc.checkpoints.tools.export import size_bytes
 from cfe_hpc.cli.checkpoints_common import chosen, open_chosen
 from cfe_hpc.cli.common import find_run, print_json
 from cfe_hpc.cli.progress import bar

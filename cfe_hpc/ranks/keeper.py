@@ -15,10 +15,10 @@ from typing import Any
 
 from cfe_hpc.checkpoints import folders, marks, store, tracked
 from cfe_hpc.checkpoints.agree import first_rank
-from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.keeping.rotation import Retention, Rotation, rotate
 from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.checkpoints.rotation import Retention, Rotation, rotate
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, DiskFull, StagingError, UsageError
 from cfe_hpc.ranks.bootstrap import Place

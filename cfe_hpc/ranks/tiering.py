@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from cfe_hpc.checkpoints import folders, nodelocal, reclaim, tiers
+from cfe_hpc.checkpoints import folders
 from cfe_hpc.checkpoints.agree import all_ranks, first_rank
-from cfe_hpc.checkpoints.background import Background
+from cfe_hpc.checkpoints.beside.background import Background
 from cfe_hpc.checkpoints.manifest import Identity
-from cfe_hpc.checkpoints.onward import Onward
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.checkpoints.store import CheckpointInfo
-from cfe_hpc.checkpoints.tiers import NodeTier
+from cfe_hpc.checkpoints.tiers import nodelocal, places, reclaim
+from cfe_hpc.checkpoints.tiers.onward import Onward
+from cfe_hpc.checkpoints.tiers.places import NodeTier
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CheckpointError
 from cfe_hpc.ranks.bootstrap import Place
@@ -118,7 +119,7 @@ class Tiering:
 
     def places(self, folder: Path, identity: Identity, rank: int) -> Sequence[Path]:
         """Folders with a copy of a rank's shard, the nearest first."""
-        return tiers.places_of(self.node, folder, identity, rank)
+        return places.places_of(self.node, folder, identity, rank)
 
     def resumed(self, opened: Opened) -> None:
         """Tell of copies that were bad, and replaced by others. Collective."""

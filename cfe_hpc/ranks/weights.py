@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cfe_hpc.checkpoints.dtensors import is_dtensor
 from cfe_hpc.checkpoints.protocols import Group
+from cfe_hpc.checkpoints.state.dtensors import is_dtensor
 
 __all__ = ["weights_sha256"]
 

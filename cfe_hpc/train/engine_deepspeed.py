@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 from cfe_hpc.config.job import Engine as EngineSpec
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.train.config import Params

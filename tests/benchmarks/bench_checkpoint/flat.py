@@ -28,8 +28,8 @@ class Saves:
 
     def __init__(self, state: Any, group: Any, keep: int) -> None:
         from bench_checkpoint.ours import RUN
-        from cfe_hpc.checkpoints.background import Background
-        from cfe_hpc.checkpoints.rotation import Retention
+        from cfe_hpc.checkpoints.beside.background import Background
+        from cfe_hpc.checkpoints.keeping.rotation import Retention
         from cfe_hpc.checkpoints.tracked import Capturing
 
         self._group = group

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench_checkpoint import files
-from cfe_hpc.checkpoints.memory import page_buffer
+from cfe_hpc.checkpoints.io.memory import page_buffer
 
 
 class Limits:

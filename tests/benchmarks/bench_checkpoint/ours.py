@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_checkpoint.ways import Way
-from cfe_hpc.checkpoints.background import Background
-from cfe_hpc.checkpoints.rotation import Retention
+from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.store import resume, save
 from cfe_hpc.checkpoints.tracked import Capturing, restore
 

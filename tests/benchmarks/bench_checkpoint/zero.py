@@ -76,7 +76,7 @@ class Zero:
                 model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config=config
             )
         self.step()
-        from cfe_hpc.checkpoints.deepspeed import DeepSpeedState
+        from cfe_hpc.checkpoints.state.deepspeed import DeepSpeedState
 
         pieces, _ = DeepSpeedState(self.engine).checkpoint_state()
         self.tensors = [torch.frombuffer(piece.data, dtype=torch.uint8) for piece in pieces if piece.data.nbytes]

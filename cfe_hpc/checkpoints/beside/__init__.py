@@ -1,0 +1,1 @@
+"""Saving while training goes on: helper processes, and what ranks settle with them."""

@@ -1,0 +1,165 @@
+"""A rank's end of its writer process: start it, ask it, hear what became of what was asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cfe_hpc.checkpoints.beside.writer import HELD_SIGNALS, MESSAGE_BYTES
+from cfe_hpc.checkpoints.io.staging import Arena
+from cfe_hpc.errors import CheckpointError
+
+__all__ = ["Worker", "WorkerLost"]
+
+_CLOSING_S = 10.0
+
+
+class WorkerLost(CheckpointError):
+    """The writer process has ended, with what it was asked done in part, in full, or not at all."""
+
+
+class Worker:
+    """One writer process and the arena shared with it. Used from the thread that starts it: the process dies with it.
+
+    Attributes:
+        arena: what the writer reads; not to be changed between `ask` and the answer.
+    """
+
+    def __init__(self, module: str = "cfe_hpc.checkpoints.beside.writer") -> None:
+        """`module` is what the process runs."""
+        self.arena = Arena()
+        self._module = module
+        self._attached_bytes = 0
+        self._awaited = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: socket.socket | None = None
+        self._answer: dict[str, Any] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None while there is no process."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process, and it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> bool:
+        """Start the process, unless it runs.
+
+        Returns:
+            Whether it is a new one.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        if self._process is not None:
+            if self.is_alive:
+                return False
+            self._end()
+        link, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words = [sys.executable, "-m", self._module]
+        words += [str(number) for number in (its_end.fileno(), self.arena.fd, os.getpid())]
+        # A stop signal may reach it before it can ignore it: it inherits that they wait.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        try:
+            with its_end:
+                self._process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(its_end.fileno(), self.arena.fd),
+                )
+        except OSError:
+            link.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._link, self._attached_bytes, self._awaited = link, 0, False
+        return True
+
+    def attach(self) -> None:
+        """Have the process map all of the arena, at its leisure."""
+        if self.arena.size_bytes > self._attached_bytes:
+            self._attached_bytes = self.arena.size_bytes
+            self.ask({"do": "attach", "size_bytes": self._attached_bytes})
+
+    def ask(self, request: Mapping[str, Any]) -> None:
+        """Send a request; the answer to the one before must have been taken, unless nobody asks what it is.
+
+        That the process has ended is told by `answer`: it may end at any moment, before this or after.
+        """
+        assert self._link is not None
+        if self._awaited:
+            self._receive(0)
+        self._answer, self._awaited = None, True
+        try:
+            self._link.send(json.dumps(request).encode())
+        except ConnectionError:
+            self._answer, self._awaited = {}, False
+
+    def busy(self) -> bool:
+        """Whether the answer is still to come."""
+        self._receive(socket.MSG_DONTWAIT)
+        return self._answer is None
+
+    def wait(self) -> None:
+        """Return when the answer is there."""
+        self._receive(0)
+
+    def answer(self) -> dict[str, Any]:
+        """The answer, waited for.
+
+        Raises:
+            WorkerLost: the process has ended without one.
+        """
+        self._receive(0)
+        assert self._answer is not None
+        if self._answer:
+            return self._answer
+        raise WorkerLost(f"the writer process has ended ({self._end()})")
+
+    def _receive(self, flags: int) -> None:
+        if self._answer is not None or self._link is None:
+            return
+        try:
+            self._answer = json.loads(self._link.recv(MESSAGE_BYTES, flags) or b"{}")
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self._answer = {}
+        self._awaited = False
+
+    def _end(self) -> str:
+        """Reap the process, which has ended or has been told to; how it ended."""
+        if self._process is None or self._link is None:
+            return "it was not started"
+        self._link.close()
+        try:
+            status = self._process.wait(_CLOSING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._process = self._link = None
+        return f"signal {-status}" if status < 0 else f"status {status}"
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._end()
+
+    def close(self) -> None:
+        """End the process once it has answered, and give the arena's memory back."""
+        if self._link is not None:
+            # Not merely closed: a forked process may hold this end, too.
+            self._link.shutdown(socket.SHUT_RDWR)
+            self._end()
+        self.arena.close()

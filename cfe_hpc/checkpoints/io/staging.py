@@ -1,0 +1,217 @@
+"""Copying: bytes of a data file, out of the memory that training owns, into memory that a writer owns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Protocol
+
+from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, move, shared_pages
+from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
+from cfe_hpc.errors import CheckpointError
+
+__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads"]
+
+TAKEN_BACK = -1
+"""Of an arena's `filled_bytes`: what was to be copied is not what was to be saved."""
+
+_WORD_BYTES = 8
+_POLL_S = 0.0003
+_STRETCH_BYTES = 8 << 20
+_MAX_THREADS = 4
+"""More than these gain little: memory is what they share."""
+
+
+class Chunks(Protocol):
+    """The bytes of one data file, to be written chunk by chunk."""
+
+    size_bytes: int
+
+    def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        """The `len(buffer)` bytes from `start` on, page-aligned: in `buffer`, or where they lie already."""
+
+
+class Source:
+    """The bytes of one data file before they are written: a header, pieces where the layout puts them, zeros between.
+
+    A save that blocks training copies chunk by chunk into the writer's buffers; one that does not copies the whole
+    file into an arena that another process writes out. It is a `Chunks`.
+    """
+
+    def __init__(self, header: bytes, placement: Placement, data: Sequence[memoryview]) -> None:
+        """`data` has the bytes of each extent of `placement`, in order."""
+        self.size_bytes = placement.size_bytes
+        self._header = memoryview(header)
+        self._data = [
+            (extent.offset, view.cast("B") if view.nbytes else view[:0])
+            for extent, view in zip(placement.extents, data, strict=True)
+        ]
+        self._spans = [(0, self._header), *((at, view) for at, view in self._data if view.nbytes)]
+        self._starts = [start for start, _ in self._spans]
+
+    def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        end, at = start + len(buffer), start
+        for index in range(max(bisect_right(self._starts, start) - 1, 0), len(self._spans)):
+            begin, view = self._spans[index]
+            if begin >= end:
+                break
+            low, high = max(begin, at), min(begin + len(view), end)
+            if low >= high:
+                continue
+            buffer[at - start : low - start] = bytes(low - at)
+            move(buffer[low - start : high - start], view[low - begin : high - begin])
+            at = high
+        buffer[at - start :] = bytes(end - at)
+        return buffer
+
+    def lay_out(self, out: memoryview) -> None:
+        """Write all but the pieces into `out`, of the file's size: the header, and zeros between pieces."""
+        ends = [*self._starts[1:], self.size_bytes]
+        for (begin, view), end in zip(self._spans, ends, strict=True):
+            out[begin + len(view) : end] = bytes(end - begin - len(view))
+        out[: len(self._header)] = self._header
+
+    def copy(self, pieces: Iterable[int], out: memoryview, pool: Executor | None = None) -> Iterator[int]:
+        """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size.
+
+        Args:
+            pool: threads that do it; this one by default.
+
+        Yields:
+            Where what is copied ends, again and again; of these pieces, everything before that is there.
+        """
+
+        def one(stretches: list[tuple[int, memoryview]]) -> int:
+            end = 0
+            for at, view in stretches:
+                end = at + len(view)
+                move(out[at:end], view)
+            return end
+
+        tasks = list(self._tasks(pieces))
+        yield from map(one, tasks) if pool is None or len(tasks) < 2 else pool.map(one, tasks)
+
+    def _tasks(self, pieces: Iterable[int]) -> Iterator[list[tuple[int, memoryview]]]:
+        """What to copy, in order, in tasks of some size: to hand one to a thread takes as long as to copy 0.1 MB."""
+        task: list[tuple[int, memoryview]] = []
+        size_bytes = 0
+        for at, view in (self._data[piece] for piece in pieces):
+            for low in range(0, len(view), _STRETCH_BYTES):
+                stretch = view[low : low + _STRETCH_BYTES]
+                task.append((at + low, stretch))
+                size_bytes += len(stretch)
+                if size_bytes >= _STRETCH_BYTES:
+                    yield task
+                    task, size_bytes = [], 0
+        if task:
+            yield task
+
+
+def copy_threads() -> int:
+    """Threads that copy while training waits: the cores that this process may use, within reason."""
+    return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+
+
+class Staged:
+    """A data file that lies in an arena, or is still being copied there from its first byte on; a `Chunks`.
+
+    Attributes:
+        content: all of it, as far as it is `ready`.
+    """
+
+    def __init__(self, arena: Arena, size_bytes: int) -> None:
+        self.size_bytes, self._arena = size_bytes, arena
+        self.content = arena.view(size_bytes)
+
+    def ready(self, end: int) -> bool:
+        """Whether the bytes before `end` are there by now; raises CheckpointError when they never will be."""
+        return self._arena.is_filled(end)
+
+    def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        end = start + len(buffer)
+        self._arena.await_filled(end)
+        return self.content[start:end]
+
+
+class Arena:
+    """Memory that a rank and its writer share: it has no name, and is gone when both processes are.
+
+    The rank makes it and alone makes it larger; the writer attaches to its file descriptor. A page before what is
+    shared tells how much of it is filled: the writer need not wait for the rank's copy to end.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = os.memfd_create("cfe-checkpoint") if fd is None else fd
+        self._memory = memoryview(b"")
+
+    @property
+    def size_bytes(self) -> int:
+        """What is reserved, or attached to."""
+        return max(len(self._memory) - BLOCK_BYTES, 0)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have at least `size_bytes`, every page of it there and mapped, so that a copy into it is nothing but a copy.
+
+        What lies in it stays.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        if size_bytes <= self.size_bytes:
+            return
+        whole = -(-(size_bytes + BLOCK_BYTES) // HUGE_BYTES) * HUGE_BYTES
+        try:
+            os.posix_fallocate(self.fd, 0, whole)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, len(self._memory))
+            raise
+        self._map(whole)
+
+    def view(self, size_bytes: int) -> memoryview:
+        """The first `size_bytes`; reserved before, by this process or by the one that made the arena."""
+        if size_bytes > self.size_bytes:
+            self._map(os.fstat(self.fd).st_size)
+        return self._memory[BLOCK_BYTES : BLOCK_BYTES + size_bytes]
+
+    @property
+    def filled_bytes(self) -> int:
+        """The bytes, from the first on, that the writer may take; TAKEN_BACK when it never may."""
+        return int.from_bytes(self._memory[:_WORD_BYTES], "little", signed=True)
+
+    @filled_bytes.setter
+    def filled_bytes(self, value: int) -> None:
+        self._memory[:_WORD_BYTES] = value.to_bytes(_WORD_BYTES, "little", signed=True)
+
+    def is_filled(self, size_bytes: int) -> bool:
+        """Whether the first `size_bytes` are filled by now.
+
+        Raises:
+            CheckpointError: they never will be.
+        """
+        filled_bytes = self.filled_bytes
+        if filled_bytes == TAKEN_BACK:
+            raise CheckpointError("the state was changed while it was copied, outside of an optimizer's step")
+        return filled_bytes >= size_bytes
+
+    def await_filled(self, size_bytes: int) -> None:
+        """Wait until the first `size_bytes` are filled; raises as `is_filled`."""
+        while not self.is_filled(size_bytes):
+            time.sleep(_POLL_S)
+
+    @property
+    def memory(self) -> memoryview:
+        """All that is mapped; it begins where a huge page may."""
+        return self._memory
+
+    def _map(self, size_bytes: int) -> None:
+        self._memory = shared_pages(self.fd, size_bytes)
+
+    def close(self) -> None:
+        """Give the memory back, as far as nobody else has it."""
+        self._memory = memoryview(b"")
+        os.close(self.fd)

@@ -1,0 +1,1 @@
+"""Which checkpoints stay, and what is known of those that do."""

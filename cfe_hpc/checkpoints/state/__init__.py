@@ -1,0 +1,1 @@
+"""What training holds, as named tensors and trees, and back."""
