@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from bench_checkpoint.plan import BARE
+
 Round = dict[str, dict[str, Any]]
 
 
@@ -59,6 +61,7 @@ def _row(way: str, first: Round, rounds: list[Round], best: list[dict[str, float
         "safe_s": over("safe_s"),
         "durable_s": over("durable_s"),
         "durable / write": over("durable_s", "write_s", per_byte=True),
+        "durable / bare write beside": spread(_beside_bare(figures, way) for figures in rounds),
         "slower": spread(_ratio(figures.get(way, {}), "step_during_s", "step_before_s") for figures in rounds),
         "lost_s": over("lost_s"),
         "load_s": over("load_s"),
@@ -80,6 +83,14 @@ def _row(way: str, first: Round, rounds: list[Round], best: list[dict[str, float
 
 def _ratio(figures: dict[str, Any], above: str, below: str) -> float | None:
     return figures[above] / figures[below] if above in figures and below in figures else None
+
+
+def _beside_bare(figures: Round, way: str) -> float | None:
+    """Of as many bytes, both written while training goes on."""
+    if way == BARE or "step_during_s" not in figures.get(way, {}) or BARE not in figures:
+        return None
+    own, bare = figures[way], figures[BARE]
+    return float(own["durable_s"] / bare["durable_s"] * bare["file_bytes"] / own["file_bytes"])
 
 
 def goals(cases: list[dict[str, Any]], every_dcp: Iterable[str]) -> list[dict[str, Any]]:
@@ -116,6 +127,10 @@ def goals(cases: list[dict[str, Any]], every_dcp: Iterable[str]) -> list[dict[st
         ("training blocked / copy", 1.15, of("cfe-async", "blocked / copy")),
         ("the same, copy overlapped", 0.15, of("cfe-overlap", "blocked / copy")),
         *((f"durable / write, {way}", 1.15, of(way, "durable / write")) for way in asynchronous),
+        *(
+            (f"durable / bare write beside, {way}", 1.15, of(way, "durable / bare write beside"))
+            for way in asynchronous
+        ),
         *((f"durable / best DCP async, {way}", 0.5, beside_dcp(way, "durable_s")) for way in asynchronous),
         ("synchronous save / write", 1.1, of("cfe", "durable / write")),
         *((f"steps slower, {way}", 1.2, of(way, "slower")) for way in asynchronous),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from bench_checkpoint import files
+from bench_checkpoint.beside import Training, save_beside
 from cfe_hpc.checkpoints.io.memory import page_buffer
 
 
@@ -47,6 +49,15 @@ class Limits:
         files.write(path, content, direct=direct)
         return time.monotonic() - started
 
+    def write_beside(self, folder: Path, training: Training, forward_backward_s: float) -> dict[str, Any]:
+        """A bare durable write of as many bytes, past the page cache, while training goes on: its figures as a save."""
+        content = self._memory[: -(-self.size_bytes // 4096) * 4096]
+        way = _BareWrite(f"bare-{self._group.rank}", content)
+        os.sync()
+        return save_beside(
+            training, way, folder, self._group, forward_backward_s=forward_backward_s, each_step=lambda: None
+        )
+
     def read(self, folder: Path, *, direct: bool) -> float:
         """Seconds of a cold read of the file that `write` made."""
         path = folder / f"bare-{self._group.rank}"
@@ -60,3 +71,32 @@ class Limits:
     def _start(self) -> None:
         os.sync()
         self._group.barrier()
+
+
+class _BareWrite:
+    """A file written on a thread, without a copy and without checksums; a `beside.Asynchronous`."""
+
+    def __init__(self, name: str, content: memoryview) -> None:
+        self._name, self._content = name, content
+        self._thread: threading.Thread | None = None
+        self._durable_s = 0.0
+
+    def begin(self, folder: Path) -> None:
+        def write() -> None:
+            files.write(folder / self._name, self._content, direct=True)
+            self._durable_s = time.monotonic()
+
+        self._thread = threading.Thread(target=write, daemon=True)
+        self._thread.start()
+
+    def await_staged(self) -> None:
+        pass
+
+    def staged_s(self) -> float | None:
+        return None
+
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def advance(self, busy: bool) -> float | None:
+        return None if busy else self._durable_s

@@ -85,6 +85,14 @@ class Rank:
         written_s = self._limits.write(Path(folder), direct=direct)
         return {"write_s": written_s, "read_s": self._limits.read(Path(folder), direct=direct)}
 
+    def bare_beside(self, folder: str, forward_backward_s: float) -> dict[str, Any]:
+        """A bare durable write while training goes on."""
+        assert self._limits is not None
+        figures = self._limits.write_beside(Path(folder), self._training, forward_backward_s)
+        if self._place.rank:
+            figures.pop("steps_before"), figures.pop("steps_during")
+        return figures
+
     def save(self, way: str, folder: str, first: bool, keep: bool, forward_backward_s: float) -> dict[str, Any]:
         """One save, and its figures: for a first one also the memory it took beyond the state."""
         saver = self._way(way)

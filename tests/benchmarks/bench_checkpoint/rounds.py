@@ -14,7 +14,7 @@ from typing import Any
 
 from bench_checkpoint import files
 from bench_checkpoint.cluster import Ranks, RanksFailed
-from bench_checkpoint.plan import DECOUPLED, LOADED, Case
+from bench_checkpoint.plan import BARE, DECOUPLED, LOADED, Case
 
 STEP_S = 0.03
 FORWARD_BACKWARD_COPIES = 3
@@ -147,11 +147,17 @@ class Bench:
         if unit == DECOUPLED:
             return lambda: self._decoupled(members, folder)
         forward_backward_s = FORWARD_BACKWARD_COPIES * copy_s
+        if unit == BARE:
+            return lambda: self._bare_beside(members, folder, forward_backward_s)
         return lambda: self._save_and_load(case, members, unit, folder, first, keep, forward_backward_s)
 
     def _decoupled(self, members: Ranks, folder: Path) -> dict[str, Any]:
         figures = merged(members.ask("decoupled", folder=str(folder), timeout_s=_DECOUPLED_TIMEOUT_S))
         return figures | {"file_bytes": files.size_bytes(folder)}
+
+    def _bare_beside(self, members: Ranks, folder: Path, forward_backward_s: float) -> dict[str, Any]:
+        asked = members.ask("bare_beside", folder=str(folder), forward_backward_s=forward_backward_s)
+        return merged(asked) | {"file_bytes": files.size_bytes(folder)}
 
     def _save_and_load(
         self, case: Case, members: Ranks, way: str, folder: Path, first: bool, keep: bool, forward_backward_s: float
