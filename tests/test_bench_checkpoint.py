@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -58,3 +60,33 @@ def test_every_way_has_its_figures_beside_the_limits_of_the_round(tmp_path: Path
     assert goals["load / cold read"]["of"] == 1
     assert goals["durable / best DCP async, cfe-overlap"]["measured"].keys() == {result["cases"][0]["name"]}
     assert all(name in text for name in goals)
+
+
+def test_memory_that_a_child_shares_with_its_parent_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tests" / "benchmarks"))
+    files = importlib.import_module("bench_checkpoint.files")
+    fd = os.memfd_create("shared")
+    os.truncate(fd, 64 << 20)
+    program = (
+        "import mmap, sys\n"
+        f"shared = mmap.mmap({fd}, 64 << 20)\n"
+        "own = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "for memory in (shared, own):\n"
+        "    for at in range(0, len(memory), 4096):\n"
+        "        memory[at] = 1\n"
+        "print('touched', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    before_bytes = files.children_bytes()
+    with (
+        mmap.mmap(fd, 64 << 20),
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(fd,)
+        ) as child,
+    ):
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"touched\n"
+        more_bytes = files.children_bytes() - before_bytes
+        child.communicate()
+    os.close(fd)
+    assert 32 << 20 < more_bytes < 64 << 20

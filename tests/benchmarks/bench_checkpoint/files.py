@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -71,15 +72,37 @@ def _status(key: str) -> int:
 
 
 def children_bytes() -> int:
-    """Memory that processes below this one have for themselves, not counting what they share with it."""
-    found, total = [os.getpid()], 0
+    """Memory that processes below this one have for themselves, not counting files in memory that this one maps, too.
+
+    The kernel calls a page of such a file private while only one process has touched it: a huge page, for one, that a
+    helper has made of pages that are in this process' peak already.
+    """
+    found, total, shared = [os.getpid()], 0, _shared_files()
     for parent in found:
         children = Path(f"/proc/{parent}/task/{parent}/children")
         found += [int(pid) for pid in children.read_text().split()] if children.exists() else []
     for pid in found[1:]:
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended meanwhile
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            total += _private_bytes(pid, shared)
     return total
+
+
+def _private_bytes(pid: int, shared: set[tuple[str, str]]) -> int:
+    total, counts = 0, True
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *words = line.split()
+        if not key.endswith(":"):  # a new mapping
+            counts = _file(words) not in shared
+        elif counts and key.startswith("Private_"):
+            total += int(words[0]) * 1024
+    return total
+
+
+def _shared_files() -> set[tuple[str, str]]:
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {_file(words) for _, *words in lines if words[0].endswith("s")}
+
+
+def _file(words: list[str]) -> tuple[str, str]:
+    """Device and inode of a mapping, by what stands behind its addresses."""
+    return words[2], words[3]
