@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -159,6 +160,7 @@ def resume(
     group: Group,
     report: Report | None = None,
     places: Places | None = None,
+    elsewhere: Iterable[int] = (),
 ) -> Opened | None:
     """Load the newest checkpoint that can be used, chosen by rank 0. Collective.
 
@@ -170,6 +172,8 @@ def resume(
             on all ranks, the next older checkpoint is tried: it must put back all that it may have changed.
         report: called on rank 0 for each newer one that cannot be used.
         places: where else this rank finds shards; the folder itself alone when left out.
+        elsewhere: steps of further checkpoints, the same on every rank: each is in the folder once it is asked for,
+            and none is asked for before all that were there have turned out to be of no use; collective.
 
     Returns:
         The same checkpoint on every rank; None when nothing was ever committed.
@@ -180,7 +184,7 @@ def resume(
     """
     why = ""
     steps = json.loads(first_rank(group, lambda: _list(root, attempt)))
-    for step in steps:
+    for step in chain(steps, elsewhere if steps else ()):
         folder = root / folders.step_name(step)
         try:
             opened = _open_together(folder, run_id, group, places)

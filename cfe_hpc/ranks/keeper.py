@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints import folders, marks, store, tracked
-from cfe_hpc.checkpoints.agree import first_rank
 from cfe_hpc.checkpoints.beside.background import Background
-from cfe_hpc.checkpoints.keeping.rotation import Retention, Rotation, rotate
+from cfe_hpc.checkpoints.keeping.rotation import Retention, Rotation
 from cfe_hpc.checkpoints.manifest import Identity
 from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, DiskFull, StagingError, UsageError
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, StagingError, UsageError
 from cfe_hpc.ranks.bootstrap import Place
 from cfe_hpc.ranks.hooks import before_any_step
 from cfe_hpc.ranks.journal import Journal
+from cfe_hpc.ranks.room import Room
 from cfe_hpc.ranks.tiering import Tiering
 from cfe_hpc.ranks.weights import weights_sha256
 from cfe_hpc.runfolder import RunFolder
@@ -49,6 +46,7 @@ class Keeper:
             keep_best=self._policy.keep_best,
         )
         self._rotation = Rotation(self._root, self._retention)
+        self._room = Room(self._root, self._retention, place.group, journal, self._protected)
         self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
         self._objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -62,7 +60,6 @@ class Keeper:
         self._late = False
         self._epoch: int | None = None
         self._unhook: Callable[[], None] | None = None
-        self._tried_again = False
         self._blocked_seconds = 0.0
 
     def track(self, objects: Mapping[str, Any]) -> None:
@@ -81,11 +78,14 @@ class Keeper:
         """See Run.expect."""
         self._facts.update(facts)
 
-    def restore(self) -> int:
-        """Restore everything tracked from the newest checkpoint that verifies.
+    def restore(self, imported_step: int = 0) -> int:
+        """Restore everything tracked from the newest checkpoint that verifies, wherever it lies.
+
+        Args:
+            imported_step: where a run without a checkpoint begins; what is tracked is as the script has loaded it.
 
         Returns:
-            Steps done at that checkpoint; 0 when there is none yet.
+            Steps done at that checkpoint; `imported_step` when there is none yet.
 
         Raises:
             CheckpointMismatch: it is of another model or variant; nothing was changed.
@@ -96,7 +96,7 @@ class Keeper:
         try:
             brought = self._tiering.gather(self._skip)
             if brought is not None:
-                self._journal.event("checkpoint_saved", step=brought, detail="brought from where it was complete")
+                self._brought(brought)
             opened = store.resume(
                 self._root,
                 self._load,
@@ -105,6 +105,7 @@ class Keeper:
                 group=self._place.group,
                 report=self._skip,
                 places=self._tiering.places,
+                elsewhere=self._elsewhere(),
             )
         except CorruptCheckpoint as error:
             # Starting again at step 0 would rotate away what a person might still mend.
@@ -115,12 +116,23 @@ class Keeper:
             seconds = round(time.monotonic() - started_s, 3)
             self._journal.event("resumed", step=opened.step, seconds=seconds)
             self._tiering.resumed(opened)
+        elif imported_step:
+            self._journal.event("resumed", step=imported_step, detail="imported by the script")
         if self._place.group.rank == 0:
             self._rotation.prepare()
         if self._policy.async_:
             self._start_background(None if opened is None else opened.manifest.identity)
         self._saved_s = time.monotonic()
-        return 0 if opened is None else opened.step
+        return imported_step if opened is None else opened.step
+
+    def _elsewhere(self) -> Iterator[int]:
+        """Steps that other tiers have, each on the shared filesystem once it is asked for. Collective."""
+        for step in self._tiering.rescue(self._skip):
+            self._brought(step)
+            yield step
+
+    def _brought(self, step: int) -> None:
+        self._journal.event("checkpoint_saved", step=step, detail="brought from where it was complete")
 
     def _skip(self, path: Path, why: str) -> None:
         logger.warning("%s: not used: %s", path.name, why)
@@ -291,32 +303,13 @@ class Keeper:
         return True
 
     def _failed(self, step: int, error: CheckpointError) -> bool:
-        """Tell of a save that failed, the same on every rank; whether there is room now to try once more. Collective.
-
-        On a full disk, older checkpoints that only `keep_last` keeps make room for it; the newest always stays.
-        """
+        """Tell of a save that failed; whether to try once more. Collective."""
         self._saved_s = time.monotonic()  # a full disk must not be tried again at every step
-        freed: list[int] = []
-        if isinstance(error, DiskFull) and not self._tried_again:
-            with contextlib.suppress(CheckpointError):  # the folder cannot be listed: nothing is freed
-                freed = json.loads(first_rank(self._place.group, lambda: json.dumps(self._make_room()).encode()))
-        self._tried_again = bool(freed)
-        if freed:
-            detail = f"{error}; deleted step {', '.join(map(str, freed))}, trying once more"
-            logger.warning("checkpoint of step %d: %s", step, detail)
-            self._journal.event("degraded", step=step, reason="checkpoint_disk_full", detail=detail)
-        else:
-            logger.warning("checkpoint of step %d failed: %s", step, error)
-            self._journal.event("checkpoint_failed", step=step, reason="save", detail=str(error))
-        return bool(freed)
-
-    def _make_room(self) -> list[int]:
-        # A disk that holds fewer than keep_last would take none any more.
-        policy = replace(self._retention, keep_last=1)
-        return rotate(self._root, policy, protect=self._protected())
+        return self._room.failed(step, error)
 
     def _saved(self, info: store.CheckpointInfo, blocked_seconds: float) -> None:
-        self._saved_step, self._tried_again = info.step, False
+        self._saved_step = info.step
+        self._room.saved()
         figures = {"checkpoint_seconds": blocked_seconds, "checkpoint_bytes": float(info.size_bytes)}
         self._journal.publish(figures, step=info.step)
         self._journal.event("checkpoint_saved", step=info.step, seconds=round(info.seconds, 3), detail=info.path.name)

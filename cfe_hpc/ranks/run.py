@@ -116,7 +116,7 @@ class Run:
         """State JSON facts that a checkpoint must share (variant, sizes); another value is refused before training."""
         self._keeper.expect(facts)
 
-    def steps(self, total: int) -> Iterator[int]:
+    def steps(self, total: int, *, imported_step: int = 0) -> Iterator[int]:
         """The steps still to do, counted from 0; collective: every rank runs the loop in the same order.
 
         Before the first one, everything tracked and every random generator is restored from the newest checkpoint
@@ -126,6 +126,8 @@ class Run:
 
         Args:
             total: steps of the whole run, all attempts together.
+            imported_step: of these, steps done already by what the script has loaded into the tracked objects, such
+                as a checkpoint of another program: a run without a checkpoint of its own begins after them.
 
         Raises:
             SystemExit: the run was told to stop, and is saved.
@@ -134,7 +136,7 @@ class Run:
         """
         self._journal.started(total)
         try:
-            self._done = self._keeper.restore()
+            self._done = self._keeper.restore(imported_step)
         except CorruptCheckpoint as error:
             self._journal.held(str(error))
             self._write_result("HELD", reason=str(error))

@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cfe_hpc.checkpoints.tiers import nodelocal, places, reclaim
 from cfe_hpc.checkpoints.tiers.onward import Onward
 from cfe_hpc.checkpoints.tiers.places import NodeTier
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import CheckpointError
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.ranks.bootstrap import Place
 
 __all__ = ["Tiering", "own_address"]
@@ -87,6 +87,36 @@ class Tiering:
                 url = self._policy.remote
                 step = reclaim.fetch(self._root, url, run_id=run_id, attempt=attempt, group=group, report=report)
         return step
+
+    def rescue(self, report: Callable[[Path, str], None]) -> Iterator[int]:
+        """Bring home one checkpoint after the other that nodes or the remote have, the highest step first: for when
+        none on the shared filesystem can be used. Collective; after `gather`.
+
+        Args:
+            report: called on rank 0 for each that cannot be used either.
+
+        Yields:
+            A step that is on the shared filesystem now.
+        """
+        run_id, attempt, group = self._spec.run_id, self._place.facts.attempt, self._place.group
+        found: list[reclaim.Found] = []
+        try:
+            if self.node is not None:
+                found += reclaim.on_nodes(self._root, self.node, run_id=run_id, attempt=attempt, group=group)
+            if self._policy.remote is not None:
+                found += reclaim.at_remote(self._root, self._policy.remote, run_id=run_id, attempt=attempt, group=group)
+        except CheckpointError as error:
+            self._degraded("checkpoint_remote", f"{error}; what it has is not used")
+        # Of one step, the nodes' copy is the nearer one.
+        for each in sorted(found, key=lambda each: each.step, reverse=True):
+            try:
+                each.bring()
+            except CorruptCheckpoint as error:
+                reclaim.tell(each, error, group, report)
+            except CheckpointError as error:
+                self._degraded("checkpoint_copy", f"step {each.step} {each.where} cannot be used: {error}")
+            else:
+                yield each.step
 
     def _find_node(self) -> None:
         nodes: list[NodeTier] = []

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cfe_hpc.checkpoints.tiers.remote import Remote
 from cfe_hpc.checkpoints.tiers.transfer import copy_shard
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 
-__all__ = ["fetch", "reclaim"]
+__all__ = ["Found", "at_remote", "fetch", "on_nodes", "reclaim", "tell"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +43,48 @@ class _Copies:
     holders: Sequence[Sequence[int]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A checkpoint that lies elsewhere; whether it verifies turns out when it is brought.
+
+    Attributes:
+        where: in words.
+        bring: commits it on the shared filesystem, in place of what has its step there. Collective; raises
+            CorruptCheckpoint when it does not verify, and CheckpointError when it cannot be brought, on every rank.
+    """
+
+    step: int
+    where: str
+    bring: Callable[[], None]
+
+
+def on_nodes(
+    root: Path, tier: NodeTier, *, run_id: str, attempt: int, group: Group, newer: bool = False
+) -> list[Found]:
+    """What nodes hold in full, the newest first. Collective.
+
+    One that the shared filesystem had, and has no more, was deleted there: it stays deleted.
+
+    Args:
+        newer: only what is newer than all that the shared filesystem has.
+
+    Raises:
+        CheckpointError: a node's folder, or the shared one, cannot be read; on every rank.
+    """
+    views = [json.loads(view) for view in all_ranks(group, lambda: _view(tier, run_id))]
+    wanted = json.loads(first_rank(group, lambda: _whole(root, attempt, views, newer)))
+    return [
+        Found(step=step, where="on the nodes", bring=partial(_bring, root, tier, _gather(views, name), attempt, group))
+        for step, name in wanted
+    ]
+
+
 def reclaim(
     root: Path, tier: NodeTier, *, run_id: str, attempt: int, group: Group, report: Report | None = None
 ) -> int | None:
     """Commit the newest checkpoint that nodes hold in full, if it is newer than what the shared filesystem has.
 
-    Collective. One that the shared filesystem had, and has no more, was deleted there: it stays deleted.
+    Collective.
 
     Args:
         report: called on rank 0 for each that is newer and cannot be used.
@@ -58,15 +95,24 @@ def reclaim(
     Raises:
         CheckpointError: the shared filesystem does not take it; on every rank. The nodes' copies are as they were.
     """
-    views = [json.loads(view) for view in all_ranks(group, lambda: _view(tier, run_id))]
-    wanted = json.loads(first_rank(group, lambda: _newer(root, attempt, views)))
-    for copies in (_gather(views, name) for name in wanted):
+    found = on_nodes(root, tier, run_id=run_id, attempt=attempt, group=group, newer=True)
+    return _first(found, group, report)
+
+
+def _first(found: Sequence[Found], group: Group, report: Report | None) -> int | None:
+    for each in found:
         try:
-            return _bring(root, tier, copies, attempt, group)
+            each.bring()
+            return each.step
         except CorruptCheckpoint as error:
-            if group.rank == 0 and report is not None:
-                report(Path(copies.name), f"on the nodes: {reason(error)}")
+            tell(each, error, group, report)
     return None
+
+
+def tell(found: Found, error: CorruptCheckpoint, group: Group, report: Report | None) -> None:
+    """Report one that turned out bad, on rank 0."""
+    if group.rank == 0 and report is not None:
+        report(Path(folders.step_name(found.step)), f"{found.where}: {reason(error)}")
 
 
 def _view(tier: NodeTier, run_id: str) -> bytes:
@@ -83,11 +129,12 @@ def _view(tier: NodeTier, run_id: str) -> bytes:
     return json.dumps([tier.node, copies]).encode()
 
 
-def _newer(root: Path, attempt: int, views: Sequence[Any]) -> bytes:
-    """Names of the saves that all nodes together hold in full and the shared filesystem lacks, newest first."""
+def _whole(root: Path, attempt: int, views: Sequence[Any], newer: bool) -> bytes:
+    """Steps and names of the saves that all nodes together hold in full, as JSON, the newest first."""
     folders.sweep_drafts(root, attempt)
-    whole = inventory(root)
-    last = (whole[0].attempt, whole[0].step) if whole else (-1, -1)
+    last = (-1, -1)
+    if newer and (whole := inventory(root)):
+        last = (whole[0].attempt, whole[0].step)
     there = {step for step, _ in folders.committed(root)}
     found: dict[str, tuple[int, int]] = {}
     for name in {name for _, copies in views for name in copies}:
@@ -97,7 +144,8 @@ def _newer(root: Path, attempt: int, views: Sequence[Any]) -> bytes:
         shards = {shard for entry in held for shard in entry[4]}
         if age > last and size and shards.issuperset(range(size)) and (not durable or age[1] in there):
             found[name] = age
-    return json.dumps(sorted(found, key=lambda name: found[name], reverse=True)).encode()
+    ordered = sorted(found, key=lambda name: found[name], reverse=True)
+    return json.dumps([(found[name][1], name) for name in ordered]).encode()
 
 
 def _gather(views: Sequence[Any], name: str) -> _Copies:
@@ -114,11 +162,11 @@ def _gather(views: Sequence[Any], name: str) -> _Copies:
     return _Copies(name=name, source=next(rank for rank, _, entry in having if entry[2]), holders=holders)
 
 
-def _bring(root: Path, tier: NodeTier, copies: _Copies, attempt: int, group: Group) -> int:
+def _bring(root: Path, tier: NodeTier, copies: _Copies, attempt: int, group: Group) -> None:
     folder = tier.home / copies.name
     content = _read(folder / MANIFEST) if group.rank == copies.source else b""
     manifest = Manifest.unseal(group.broadcast(content, copies.source))
-    return _through_draft(
+    _through_draft(
         root, manifest, attempt, group, lambda draft: _copy_all(folder, draft, manifest, copies.holders, group)
     )
 
@@ -131,8 +179,8 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _through_draft(root: Path, manifest: Manifest, attempt: int, group: Group, fill: Callable[[Path], None]) -> int:
-    """Make a draft, have it filled, commit it; the step. Collective; what fails leaves no draft."""
+def _through_draft(root: Path, manifest: Manifest, attempt: int, group: Group, fill: Callable[[Path], None]) -> None:
+    """Make a draft, have it filled, commit it. Collective; what fails leaves no draft."""
     step = manifest.identity.step
     token = first_rank(group, lambda: drafts.make_draft(root, step, attempt, manifest.size_bytes)).decode()
     draft = root / folders.draft_name(step, attempt, token)
@@ -143,7 +191,6 @@ def _through_draft(root: Path, manifest: Manifest, attempt: int, group: Group, f
         if group.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    return step
 
 
 def _copy_all(folder: Path, draft: Path, manifest: Manifest, holders: Sequence[Sequence[int]], group: Group) -> None:
@@ -171,6 +218,26 @@ def _copy_mine(folder: Path, draft: Path, shards: Sequence[int], manifest: Manif
     return json.dumps(bad).encode()
 
 
+def at_remote(root: Path, url: str, *, run_id: str, attempt: int, group: Group) -> list[Found]:
+    """What the remote has, the newest first. Collective.
+
+    Raises:
+        CheckpointError: it cannot be asked; on every rank.
+    """
+    remote: list[Remote] = []
+
+    def connect() -> bytes:
+        remote.append(Remote(url, run_id))
+        return b""
+
+    all_ranks(group, connect)
+    steps = json.loads(first_rank(group, lambda: json.dumps(remote[0].steps()).encode()))
+    return [
+        Found(step=step, where=f"on {url}", bring=partial(_fetch_step, root, remote[0], step, attempt, group))
+        for step in steps
+    ]
+
+
 def fetch(root: Path, url: str, *, run_id: str, attempt: int, group: Group, report: Report | None = None) -> int | None:
     """Commit the newest checkpoint that the remote has and that verifies. Collective.
 
@@ -183,30 +250,17 @@ def fetch(root: Path, url: str, *, run_id: str, attempt: int, group: Group, repo
     Raises:
         CheckpointError: the remote cannot be asked, or does not deliver; on every rank.
     """
-    remote: list[Remote] = []
-
-    def connect() -> bytes:
-        remote.append(Remote(url, run_id))
-        return b""
-
-    all_ranks(group, connect)
-    for step in json.loads(first_rank(group, lambda: json.dumps(remote[0].steps()).encode())):
-        try:
-            return _fetch_step(root, remote[0], step, attempt, group)
-        except CorruptCheckpoint as error:
-            if group.rank == 0 and report is not None:
-                report(Path(folders.step_name(step)), f"on {url}: {reason(error)}")
-    return None
+    return _first(at_remote(root, url, run_id=run_id, attempt=attempt, group=group), group, report)
 
 
-def _fetch_step(root: Path, remote: Remote, step: int, attempt: int, group: Group) -> int:
+def _fetch_step(root: Path, remote: Remote, step: int, attempt: int, group: Group) -> None:
     manifest = Manifest.unseal(first_rank(group, lambda: remote.manifest(step)))
     mine = range(manifest.identity.world_size)[group.rank :: group.size]
 
     def fill(draft: Path) -> None:
         all_ranks(group, lambda: _fetched(remote, manifest, mine, draft))
 
-    return _through_draft(root, manifest, attempt, group, fill)
+    _through_draft(root, manifest, attempt, group, fill)
 
 
 def _fetched(remote: Remote, manifest: Manifest, ranks: Sequence[int], draft: Path) -> bytes:
