@@ -212,7 +212,7 @@ memory = device.memory()
 print(json.dumps({
     "backend": dist.get_backend(), "sum": total.item(), "module": os.environ["HLS_MODULE_ID"],
     "same draw": hpu.random.draw() == first, "marked": core.marked_steps, "synchronized": hpu.synchronized,
-    "device": device.torch_device(rank), "host": device.to_host(total).device.type,
+    "device": device.torch_device(rank), "copies": device.copies(),
     "memory": [memory.used_bytes >> 30, memory.peak_bytes >> 30, memory.limit_bytes >> 30],
 }))
 dist.destroy_process_group()
@@ -254,7 +254,7 @@ def test_two_ranks_over_hccl_each_on_its_own_module(tmp_path: Path, lazy: str) -
             "marked": int(lazy),
             "synchronized": 1,
             "device": "hpu",
-            "host": "cpu",
+            "copies": None,
             "memory": [3, 5, 96],
         }
 

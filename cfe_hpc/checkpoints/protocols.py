@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Group", "Piece", "ReadInto", "Sharded", "SoloGroup"]
+__all__ = ["Fetch", "Group", "HostCopies", "OnDevice", "Piece", "ReadInto", "Sharded", "SoloGroup"]
+
+
+class OnDevice(Protocol):
+    """Bytes of a tensor in an accelerator's memory, which they keep until somebody has copied them."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+
+    @property
+    def device(self) -> Any:
+        """The torch.device where they are."""
+
+    def flat(self) -> Any:
+        """A tensor of them, there: uint8, contiguous, one dimension. New memory if the tensor is not contiguous."""
+
+    def copy_to(self, out: memoryview) -> None:
+        """Copy them into writable memory of that size; all of them are there on return."""
+
+    def on_host(self) -> memoryview:
+        """A copy of them."""
+
+
+Fetch = Callable[[Sequence[tuple[OnDevice, memoryview]]], Iterator[int]]
+"""Copies what is on devices into memory of its size, in order; yields again and again how many are there by now."""
+
+
+class HostCopies(Protocol):
+    """Copies from an accelerator into memory of this process, while it computes. Any thread may call."""
+
+    def pin(self, address: int, size_bytes: int) -> None:
+        """Let the device write to this memory by itself, which begins at a page; its pages stay where they are.
+
+        Raises:
+            OSError: that is refused. Copies to it are correct all the same, and block.
+        """
+
+    def unpin(self, address: int) -> None:
+        """Take `pin` back, before the memory is unmapped; returns when no copy is under way."""
+
+    def boundary(self, devices: Iterable[Any]) -> Any:
+        """A mark on each of these torch.devices behind all that this thread has given it to do."""
+
+    def fetch(self, tasks: Sequence[tuple[OnDevice, memoryview]], after: Any) -> Iterator[int]:
+        """As `Fetch`, beside what devices do otherwise, with the bytes that are there at the boundary `after` and as
+        long as nobody writes to them. Nothing is under way any more when this ends, or raises.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +68,8 @@ class Piece:
         dtype: torch's word without the prefix: "float32", "bfloat16", "int64", "uint8", "bool" …
         shape: global shape.
         start: first element of the piece, counted in the flattened (row-major) global tensor.
-        data: the elements, little-endian, contiguous bytes. It may alias live memory: whoever keeps it beyond
-            the call that it was passed to must copy it.
+        data: the elements, little-endian, contiguous bytes, on the host or on a device. It may alias live memory:
+            whoever keeps it beyond the call that it was passed to must copy it.
         steady: the bytes change only inside the step of a tracked torch optimizer (parameters in its groups, its
             state; ZeRO's masters and moments): they may be copied until then.
     """
@@ -31,7 +78,7 @@ class Piece:
     dtype: str
     shape: tuple[int, ...]
     start: int
-    data: memoryview
+    data: memoryview | OnDevice
     steady: bool = False
 
 

@@ -11,6 +11,8 @@ from cfe_hpc.config.job import Accelerator
 if TYPE_CHECKING:
     import torch
 
+    from cfe_hpc.checkpoints.protocols import HostCopies
+
 __all__ = ["Device", "Memory", "RankPlace", "thread_limits"]
 
 
@@ -83,8 +85,9 @@ class Device(Protocol):
         """Close the graph gathered so far; call it after backward and after the optimizer's step. Only a lazy
         device does something here."""
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in this process's memory: itself when it is there already."""
+    def copies(self) -> HostCopies | None:
+        """What copies tensors of this kind of device into this process's memory while it computes; None when all that
+        torch offers is to wait for each of them."""
 
     def rng_state(self) -> torch.Tensor | None:
         """State of the current device's generator, in host memory; None where it is torch's own CPU generator."""

@@ -42,8 +42,8 @@ class Cpu:
     def mark_step(self) -> None:
         return None
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def copies(self) -> None:
+        return None
 
     def rng_state(self) -> torch.Tensor | None:
         return None

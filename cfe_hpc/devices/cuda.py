@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from cfe_hpc.devices.base import Memory, RankPlace, thread_limits
+from cfe_hpc.devices.cuda_copies import CudaCopies
 from cfe_hpc.errors import ImpossibleError, Problem
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Cuda:
     def mark_step(self) -> None:
         return None
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.cpu()
+    def copies(self) -> CudaCopies:
+        return CudaCopies()
 
     def rng_state(self) -> torch.Tensor | None:
         import torch

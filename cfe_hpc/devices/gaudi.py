@@ -117,8 +117,10 @@ class Gaudi:
 
             htcore.mark_step()
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.cpu()
+    def copies(self) -> None:
+        # The bridge pins what it allocates itself (tensor.pin_memory("hpu")); it has no call for memory that is there,
+        # such as a checkpoint's, which a second process reads.
+        return None
 
     def rng_state(self) -> torch.Tensor | None:
         import habana_frameworks.torch.hpu as hpu

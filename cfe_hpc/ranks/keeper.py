@@ -338,6 +338,7 @@ class Keeper:
             overlap=self._policy.overlap,
             tier=self._tiering.node,
             degraded=self._degraded,
+            copies=self._place.device.copies(),
         )
         self._background = background
         if self._policy.overlap and "torch" in sys.modules:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -30,11 +31,11 @@ from cfe_hpc.checkpoints.beside.hand import Hand
 from cfe_hpc.checkpoints.beside.preparing import Preparation
 from cfe_hpc.checkpoints.beside.workers import WorkerLost
 from cfe_hpc.checkpoints.io.shard import header
-from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Source, copy_threads
+from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Source, copy_threads, fetch_waiting
 from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.manifest import Identity
-from cfe_hpc.checkpoints.protocols import Group
+from cfe_hpc.checkpoints.protocols import Fetch, Group, HostCopies, OnDevice
 from cfe_hpc.checkpoints.state.uncollected import uncollected
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
 from cfe_hpc.checkpoints.tiers.drain import Drain
@@ -66,6 +67,7 @@ class Background:
         drain: the way from there to the shared filesystem; None without a tier.
         on_nodes: the newest step of this attempt that is complete on the nodes.
         degraded: called on every rank with a word and a line when saves go on, but not as asked for.
+        copies: what copies from this rank's device while it computes; None to wait for every such copy at `begin`.
     """
 
     root: Path
@@ -79,6 +81,7 @@ class Background:
     overlap: bool = False
     tier: NodeTier | None = None
     degraded: Callable[[str, str], None] = _nobody
+    copies: HostCopies | None = None
     drain: Drain | None = field(default=None, init=False)
     on_nodes: int | None = field(default=None, init=False)
     _crew: Crew = field(init=False)
@@ -90,6 +93,7 @@ class Background:
 
     def __post_init__(self) -> None:
         self._crew = Crew(self.group, self.address, tier=self.tier)
+        self._crew.worker.arena.copies = self.copies
         if self.tier is not None:
             drainers = Crew(self.group, self.address, "cfe_hpc.checkpoints.tiers.drainer")
             self.drain = Drain(self.root, self.tier, self.policy, self.protect, self.attempt, drainers)
@@ -274,12 +278,15 @@ class Background:
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
         """Copy what must be copied now; a thread asks the writer to follow, and copies the rest."""
         pieces = [*content.pieces, *content.own]
-        source = Source(header(flight.identity, self.group.rank), placement, [piece.data for piece in pieces])
+        head, data = header(flight.identity, self.group.rank), [piece.data for piece in pieces]
+        source = Source(head, placement, data, self._fetch(data))
         arena = self._crew.worker.arena
         arena.filled_bytes = 0
         staged = arena.view(placement.size_bytes)
-        later = [at for at, piece in enumerate(pieces) if piece.steady and self.overlap]
-        now = [at for at, piece in enumerate(pieces) if not (piece.steady and self.overlap)]
+        beside = self.copies is not None  # a device's bytes that only a waiting thread can copy are copied now
+        waits = [self.overlap and piece.steady and (beside or type(piece.data) is memoryview) for piece in pieces]
+        later = [at for at, may_wait in enumerate(waits) if may_wait]
+        now = [at for at, may_wait in enumerate(waits) if not may_wait]
         copied, problems = threading.Event(), list[str]()
 
         def follow(ends: Iterable[int]) -> None:
@@ -313,6 +320,13 @@ class Background:
             problems.append(reason(error))
         finally:
             copied.set()
+
+    def _fetch(self, data: Iterable[memoryview | OnDevice]) -> Fetch:
+        """What bytes on devices are copied by; they are those that this thread's work so far leaves there."""
+        devices = {each.device for each in data if not isinstance(each, memoryview)}
+        if self.copies is None or not devices:
+            return fetch_waiting
+        return partial(self.copies.fetch, after=self.copies.boundary(devices))
 
     def _ask_write(self, flight: Flight, placement: Placement, content: Content) -> None:
         rank = self.group.rank

@@ -104,7 +104,8 @@ class _Writer:
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
         self._arena.view(request["size_bytes"])
-        self._pages.gather(self._arena.memory)
+        if not request["pinned"]:  # else none of its pages can be moved
+            self._pages.gather(self._arena.memory)
         return {"attached": True}
 
     def write(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
-from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, move, shared_pages
+from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, address_of, move, shared_pages
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
+from cfe_hpc.checkpoints.protocols import Fetch, HostCopies, OnDevice
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads"]
+__all__ = ["TAKEN_BACK", "Arena", "Chunks", "Source", "Staged", "copy_threads", "fetch_waiting"]
+
+_log = logging.getLogger(__name__)
 
 TAKEN_BACK = -1
 """Of an arena's `filled_bytes`: what was to be copied is not what was to be saved."""
@@ -42,14 +47,32 @@ class Source:
     file into an arena that another process writes out. It is a `Chunks`.
     """
 
-    def __init__(self, header: bytes, placement: Placement, data: Sequence[memoryview]) -> None:
-        """`data` has the bytes of each extent of `placement`, in order."""
+    def __init__(
+        self,
+        header: bytes,
+        placement: Placement,
+        data: Sequence[memoryview | OnDevice],
+        fetch: Fetch | None = None,
+    ) -> None:
+        """
+        Args:
+            data: the bytes of each extent of `placement`, in order.
+            fetch: what `copy` has devices' bytes copied by. Without it they come to the host now, by this thread and
+                behind what it gave the device, wherever chunks are taken.
+        """
         self.size_bytes = placement.size_bytes
         self._header = memoryview(header)
-        self._data = [
-            (extent.offset, view.cast("B") if view.nbytes else view[:0])
-            for extent, view in zip(placement.extents, data, strict=True)
-        ]
+        self._data: list[tuple[int, memoryview]] = []
+        self._on_devices: dict[int, tuple[int, OnDevice]] = {}
+        self._fetch = fetch
+        for index, (extent, view) in enumerate(zip(placement.extents, data, strict=True)):
+            if not isinstance(view, memoryview):
+                if fetch is not None:
+                    self._on_devices[index] = (extent.offset, view)
+                    self._data.append((extent.offset, memoryview(b"")))
+                    continue
+                view = view.on_host()
+            self._data.append((extent.offset, view.cast("B") if view.nbytes else view[:0]))
         self._spans = [(0, self._header), *((at, view) for at, view in self._data if view.nbytes)]
         self._starts = [start for start, _ in self._spans]
 
@@ -70,21 +93,35 @@ class Source:
 
     def lay_out(self, out: memoryview) -> None:
         """Write all but the pieces into `out`, of the file's size: the header, and zeros between pieces."""
-        ends = [*self._starts[1:], self.size_bytes]
-        for (begin, view), end in zip(self._spans, ends, strict=True):
-            out[begin + len(view) : end] = bytes(end - begin - len(view))
+        taken = [(begin, begin + len(view)) for begin, view in self._spans]
+        if self._on_devices:
+            taken += [(begin, begin + view.nbytes) for begin, view in self._on_devices.values()]
+            taken.sort()
+        ends = [*(begin for begin, _ in taken[1:]), self.size_bytes]
+        for (_, begin), end in zip(taken, ends, strict=True):
+            out[begin:end] = bytes(end - begin)
         out[: len(self._header)] = self._header
 
-    def copy(self, pieces: Iterable[int], out: memoryview, pool: Executor | None = None) -> Iterator[int]:
+    def copy(self, pieces: Sequence[int], out: memoryview, pool: Executor | None = None) -> Iterator[int]:
         """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size.
 
         Args:
-            pool: threads that do it; this one by default.
+            pool: threads that do it; this one by default. What is on devices this one has fetched.
 
         Yields:
             Where what is copied ends, again and again; of these pieces, everything before that is there.
         """
+        on_devices = [self._on_devices[piece] for piece in pieces if piece in self._on_devices]
+        if not on_devices:
+            yield from self._copy_on_host(pieces, out, pool)
+            return
+        assert self._fetch is not None
+        deque(self._copy_on_host(pieces, out, pool), maxlen=0)  # they lie among the others
+        ends = [at + view.nbytes for at, view in on_devices]
+        tasks = [(view, out[at : at + view.nbytes]) for at, view in on_devices]
+        yield from (ends[count - 1] for count in self._fetch(tasks))
 
+    def _copy_on_host(self, pieces: Iterable[int], out: memoryview, pool: Executor | None) -> Iterator[int]:
         def one(stretches: list[tuple[int, memoryview]]) -> int:
             end = 0
             for at, view in stretches:
@@ -109,6 +146,13 @@ class Source:
                     task, size_bytes = [], 0
         if task:
             yield task
+
+
+def fetch_waiting(tasks: Sequence[tuple[OnDevice, memoryview]]) -> Iterator[int]:
+    """The protocols.Fetch of any device: one copy after the other, straight to where it belongs, each waited for."""
+    for count, (data, out) in enumerate(tasks, start=1):
+        data.copy_to(out)
+        yield count
 
 
 def copy_threads() -> int:
@@ -142,10 +186,16 @@ class Arena:
 
     The rank makes it and alone makes it larger; the writer attaches to its file descriptor. A page before what is
     shared tells how much of it is filled: the writer need not wait for the rank's copy to end.
+
+    Attributes:
+        copies: what a device's copies into it are done by: set on a rank before it reserves, it has the memory pinned.
+        is_pinned: whether a device writes here by itself. Its pages stay where they are for as long.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("cfe-checkpoint") if fd is None else fd
+        self.copies: HostCopies | None = None
+        self.is_pinned = False
         self._memory = memoryview(b"")
 
     @property
@@ -209,9 +259,27 @@ class Arena:
         return self._memory
 
     def _map(self, size_bytes: int) -> None:
-        self._memory = shared_pages(self.fd, size_bytes)
+        memory = shared_pages(self.fd, size_bytes)
+        self._unpin()
+        self._memory = memory
+        if self.copies is not None:
+            self._pin(self.copies)
+
+    def _pin(self, copies: HostCopies) -> None:
+        try:
+            copies.pin(address_of(self._memory), len(self._memory))
+            self.is_pinned = True
+        except OSError as error:
+            _log.warning("staging memory cannot be pinned (%s): copies from the device take longer", error)
+            self.copies = None  # what was refused once is not asked for again; the copies themselves go on
+
+    def _unpin(self) -> None:
+        if self.is_pinned and self.copies is not None:
+            self.is_pinned = False
+            self.copies.unpin(address_of(self._memory))
 
     def close(self) -> None:
         """Give the memory back, as far as nobody else has it."""
+        self._unpin()
         self._memory = memoryview(b"")
         os.close(self.fd)

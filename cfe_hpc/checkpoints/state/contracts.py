@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfe_hpc.checkpoints.state.dtensors import is_dtensor, local_part
-from cfe_hpc.checkpoints.state.tensors import aliases, is_tensor
+from cfe_hpc.checkpoints.state.tensors import is_live, is_tensor
 
 __all__ = ["NOTHING", "Contracts", "contracts_of", "unchanged_since"]
 
@@ -47,7 +47,7 @@ class Contracts:
             name: of the tensor in the checkpoint.
             kind: of the object that it belongs to.
         """
-        if not is_tensor(tensor) or not aliases(local_part(tensor) if is_dtensor(tensor) else tensor):
+        if not is_tensor(tensor) or not is_live(local_part(tensor) if is_dtensor(tensor) else tensor):
             return False
         if kind == "module":
             return _memory(tensor) in self.stepped

@@ -18,7 +18,7 @@ from cfe_hpc.checkpoints.agree import all_ranks
 from cfe_hpc.checkpoints.protocols import Piece, ReadInto
 from cfe_hpc.checkpoints.state.deepspeed_flats import KNOWN, Flat, flats_of, shape_of
 from cfe_hpc.checkpoints.state.landing import Landing
-from cfe_hpc.checkpoints.state.tensors import dtype_name, tensor_bytes
+from cfe_hpc.checkpoints.state.tensors import dtype_name, tensor_data
 from cfe_hpc.checkpoints.state.torch_group import TorchGroup
 from cfe_hpc.errors import CheckpointError, CheckpointMismatch
 
@@ -304,7 +304,5 @@ def _restored(value: Any, home: torch.device) -> Any:
 
 
 def _piece(name: str, data: Tensor, shape: tuple[int, ...], start: int, *, steady: bool = False) -> Piece:
-    on_cpu = data.device.type == "cpu"  # a copy from a device is no live memory any more
-    content = tensor_bytes(data)
     dtype = dtype_name(data.dtype)
-    return Piece(name=name, dtype=dtype, shape=shape, start=start, data=content, steady=steady and on_cpu)
+    return Piece(name=name, dtype=dtype, shape=shape, start=start, data=tensor_data(data), steady=steady)

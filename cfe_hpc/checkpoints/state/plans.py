@@ -16,10 +16,10 @@ from typing import Any
 from cfe_hpc.checkpoints import codec
 from cfe_hpc.checkpoints.checksum import crc32c, crc32c_of
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES
-from cfe_hpc.checkpoints.protocols import Piece
+from cfe_hpc.checkpoints.protocols import OnDevice, Piece
 from cfe_hpc.checkpoints.state.contracts import Contracts, unchanged_since
 from cfe_hpc.checkpoints.state.dtensors import is_dtensor, local_part
-from cfe_hpc.checkpoints.state.tensors import aliases, borrowed, digests, tensor_bytes
+from cfe_hpc.checkpoints.state.tensors import aliases, borrowed, digests, tensor_bytes, tensor_data
 from cfe_hpc.checkpoints.store import Content
 
 __all__ = ["Captured", "Part", "Plan"]
@@ -134,6 +134,7 @@ class Plan:
         if part.name not in self._lasting:
             return part
         piece = self._piece(part, tensors)
+        assert isinstance(piece.data, memoryview)
         return _with(piece, piece.name, borrowed(piece.data))
 
     def content(self, captured: Sequence[Captured], contracts: Contracts, facts: Mapping[str, Any]) -> Content | None:
@@ -187,7 +188,7 @@ class Plan:
 
     def _piece(self, part: Part, tensors: Mapping[str, Any]) -> Piece:
         dtype, shape = self._facts[part.name]
-        data = tensor_bytes(_held(tensors[part.name]), part.offset, part.count)
+        data = tensor_data(_held(tensors[part.name]), part.offset, part.count)
         steady = part.name in self._steady
         return Piece(name=part.name, dtype=dtype, shape=shape, start=part.start, data=data, steady=steady)
 
@@ -214,6 +215,6 @@ def _named(captured: Sequence[Captured]) -> Iterator[Piece]:
     return (_with(piece, f"{each.name}/{piece.name}", piece.data) for each in captured for piece in each.pieces)
 
 
-def _with(piece: Piece, name: str, data: memoryview) -> Piece:
+def _with(piece: Piece, name: str, data: memoryview | OnDevice) -> Piece:
     """A copy. (dataclasses.replace takes four times as long, while training waits.)"""
     return Piece(name=name, dtype=piece.dtype, shape=piece.shape, start=piece.start, data=data, steady=piece.steady)

@@ -14,8 +14,10 @@ from cfe_hpc.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cfe_hpc.checkpoints.codec import TensorRef
+    from cfe_hpc.checkpoints.protocols import OnDevice
 
 __all__ = [
+    "DeviceBytes",
     "aliases",
     "allocate",
     "borrowed",
@@ -23,9 +25,11 @@ __all__ = [
     "digests",
     "dtype_name",
     "identity",
+    "is_live",
     "is_tensor",
     "small",
     "tensor_bytes",
+    "tensor_data",
 ]
 
 _NUMPY_WORDS = {
@@ -128,12 +132,49 @@ def _describe_array(value: Any, path: str) -> dict[str, Any]:
 def aliases(value: Any) -> bool:
     """Whether `tensor_bytes` of a torch tensor is its very memory: on the CPU, contiguous, nothing left to resolve."""
     return (
-        value.device.type == "cpu"
+        not _on_device(value)
         and value.layout is _strided()
         and value.is_contiguous()
         and not value.is_conj()
         and not value.is_neg()
     )
+
+
+def _on_device(value: Any) -> bool:
+    return not value.is_cpu
+
+
+def is_live(value: Any) -> bool:
+    """Whether `tensor_data` of a torch tensor follows what is written to it, until it is copied."""
+    return _on_device(value) or aliases(value)
+
+
+def tensor_data(value: Any, start: int = 0, count: int | None = None) -> memoryview | OnDevice:
+    """As `tensor_bytes`, but what lies on a device stays there until it is copied."""
+    if is_tensor(value) and _on_device(value) and value.numel() and count != 0:
+        return DeviceBytes(value, start, value.numel() - start if count is None else count)
+    return tensor_bytes(value, start, count)
+
+
+class DeviceBytes:
+    """Elements of a tensor on a device, row-major, as a protocols.OnDevice."""
+
+    __slots__ = ("_count", "_start", "_tensor", "device", "nbytes")
+
+    def __init__(self, tensor: Any, start: int, count: int) -> None:
+        self._tensor, self._start, self._count = tensor.detach(), start, count
+        self.device, self.nbytes = tensor.device, count * tensor.element_size()
+
+    def flat(self) -> Any:
+        plain = self._tensor.resolve_conj().resolve_neg().reshape(-1)[self._start : self._start + self._count]
+        return plain.contiguous().view(sys.modules["torch"].uint8)
+
+    def copy_to(self, out: memoryview) -> None:
+        torch = sys.modules["torch"]
+        torch.frombuffer(out, dtype=torch.uint8).copy_(self.flat())
+
+    def on_host(self) -> memoryview:
+        return memoryview(self.flat().cpu().numpy().data)
 
 
 def tensor_bytes(value: Any, start: int = 0, count: int | None = None) -> memoryview:
@@ -192,7 +233,7 @@ def digests(values: Sequence[tuple[Any, bool]]) -> list[int]:
 
 
 def _digest(value: Any, whole: bool) -> Any:
-    if is_tensor(value) and value.device.type != "cpu":
+    if is_tensor(value) and _on_device(value):
         flat = value.detach().resolve_conj().resolve_neg().reshape(-1)
         return _sum_on_device(flat if whole else _ends(flat))
     if whole:
