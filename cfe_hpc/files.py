@@ -6,9 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["append_ndjson", "fsync_dir", "fsync_file", "read_ndjson", "read_toml", "write_atomic"]
+__all__ = [
+    "append_ndjson",
+    "fsync_dir",
+    "fsync_file",
+    "lay_up",
+    "read_ndjson",
+    "read_toml",
+    "write_atomic",
+    "written_aside",
+]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync_file(path: Path) -> None:
@@ -47,26 +58,85 @@ def fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644, spares: Sequence[Path] = ()) -> None:
     """Replace `path` so that a reader, or a crash at any moment, sees the old file or the new one, whole.
+
+    Args:
+        spares: files on the same filesystem, as `lay_up` makes them: one is used up where there is no room.
 
     Raises:
         OSError: nothing was changed; no temporary file is left.
     """
-    data = content.encode() if isinstance(content, str) else content
-    fd, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            os.fchmod(fd, mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(fd)
+    with written_aside(path, content, mode=mode, spares=spares) as aside:
         os.replace(aside, path)
-    except BaseException:
+    fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def written_aside(
+    path: Path, content: str | bytes, *, mode: int = 0o644, spares: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """A new file beside `path`, durable, to be given that name; it is gone afterwards if it still has its own.
+
+    Args:
+        spares: see write_atomic.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        try:
+            _write_synced(aside, data, mode, os.O_CREAT | os.O_EXCL)
+        except OSError as error:
+            if error.errno not in _NO_ROOM or not any(_write_over(spare, aside, data, mode) for spare in spares):
+                raise
+        yield aside
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        raise
-    fsync_dir(path.parent)
+
+
+def _write_over(spare: Path, aside: Path, data: bytes, mode: int) -> bool:
+    """Make `aside` of a spare, in the blocks that it has; whether that went well. The spare is used up if it was there.
+
+    Whoever renames it has it: of several processes one.
+    """
+    try:
+        os.rename(spare, aside)
+        _write_synced(aside, data, mode, 0)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        return False
+    return True
+
+
+def _write_synced(path: Path, data: bytes, mode: int, flags: int) -> None:
+    with open(os.open(path, os.O_WRONLY | flags, mode), "wb") as stream:
+        os.fchmod(stream.fileno(), mode)
+        stream.write(data)
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def lay_up(spares: Iterable[Path], size_bytes: int) -> bool:
+    """Make the files that are missing, each of as many bytes: room for what must be written though the disk is full.
+
+    Freeing room then would not do: on a shared filesystem somebody else takes it.
+
+    Returns:
+        Whether all are there.
+    """
+    for spare in spares:
+        try:
+            if not spare.exists():
+                write_atomic(spare, os.urandom(size_bytes))  # zeros may be stored as none at all
+        except OSError:
+            return False
+    return True
 
 
 def append_ndjson(path: Path, record: Mapping[str, Any]) -> None:
@@ -74,13 +144,18 @@ def append_ndjson(path: Path, record: Mapping[str, Any]) -> None:
 
     A line torn by a kill lacks its newline: the new record starts on a line of its own, so that only the torn
     one is lost. Not-a-number and infinities are written as strings, since JSON has no word for them.
+
+    Raises:
+        OSError: the line is not written, or torn.
     """
     line = json.dumps(_plain(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         end = os.lseek(fd, 0, os.SEEK_END)
         torn = end > 0 and os.pread(fd, 1, end - 1) != b"\n"
-        os.write(fd, (("\n" if torn else "") + line + "\n").encode())
+        content = (("\n" if torn else "") + line + "\n").encode()
+        if os.write(fd, content) < len(content):  # as far as there was room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(fd)
 

@@ -10,11 +10,13 @@
     exports/            weights of epochs' ends, for other programs
     result.json         how it ended
     control/            requests and promises between processes; each a small file, written once
+    control/spare-0 …   room for those, and for result.json, when the disk is full
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from cfe_hpc.files import append_ndjson, read_ndjson, write_atomic
+from cfe_hpc.files import append_ndjson, lay_up, read_ndjson, write_atomic, written_aside
 
 __all__ = ["EVENTS", "Event", "RunFolder", "new_run_id", "safe_name", "utc_now"]
 
@@ -43,6 +45,14 @@ Event = Literal[
     "held",
 ]
 EVENTS: tuple[str, ...] = Event.__args__  # type: ignore[attr-defined]
+
+_NUM_SPARES = 6
+"""An attempt may need two, for why it ends and what follows, and a run's end three more."""
+
+_SPARE_BYTES = 8192
+"""More than a result.json takes, with room for some hundred metrics."""
+
+logger = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"^.+-\d{8}-\d{6}-[0-9a-f]{4}$")
 
@@ -144,9 +154,19 @@ class RunFolder:
         Args:
             attempt: the attempt it happened in; None before the first.
             fields: as fits: step, rank, host, reason, seconds, detail.
+
+        Raises:
+            OSError: the line is not written.
         """
         record = {"time": utc_now(), "event": event, "run_id": self.run_id, "attempt": attempt, **fields}
         append_ndjson(self.events_path, {key: value for key, value in record.items() if value is not None})
+
+    def note_event(self, event: Event, *, attempt: int | None, **fields: Any) -> None:
+        """`append_event`, but a line that cannot be written is lost, with a warning: it is not worth the run."""
+        try:
+            self.append_event(event, attempt=attempt, **fields)
+        except OSError as error:
+            logger.warning("the event %s is lost: %s: %s", event, self.events_path, error.strerror)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The events so far, oldest first."""
@@ -165,29 +185,36 @@ class RunFolder:
         return loaded if isinstance(loaded, dict) else None
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write result.json, atomically."""
-        write_atomic(self.result_path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        """Write result.json, atomically, on a full disk too. Raises OSError."""
+        content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(self.result_path, content, spares=self._spares)
 
     def reopen(self) -> None:
         """Take back what an earlier attempt said of the run's end: an attempt begins, so it has not ended."""
         self.result_path.unlink(missing_ok=True)
         (self.control / "held").unlink(missing_ok=True)
+        lay_up(self._spares, _SPARE_BYTES)
+
+    @property
+    def _spares(self) -> list[Path]:
+        return [self.control / f"spare-{number}" for number in range(_NUM_SPARES)]
 
     def promise(self, name: str, **facts: Any) -> bool:
-        """Make `control/<name>` with `facts` as JSON, once and for all.
+        """Make `control/<name>` with `facts` as JSON, once and for all, on a full disk too.
 
         Returns:
             True for the one caller, of all processes and nodes, that made it; False when it was there already.
+
+        Raises:
+            OSError: it cannot be made.
         """
         self.control.mkdir(exist_ok=True)
-        aside = self.control / f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
-        aside.write_text(json.dumps({"time": utc_now(), **facts}) + "\n", encoding="utf-8")
-        try:
-            os.link(aside, self.control / name)  # atomic on NFS too, unlike O_EXCL on old servers
-        except FileExistsError:
-            return False
-        finally:
-            aside.unlink()
+        path = self.control / name
+        with written_aside(path, json.dumps({"time": utc_now(), **facts}) + "\n", spares=self._spares) as aside:
+            try:
+                os.link(aside, path)  # atomic on NFS too, unlike O_EXCL on old servers
+            except FileExistsError:
+                return False
         return True
 
     def promised(self, name: str) -> dict[str, Any] | None:

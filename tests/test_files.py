@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_disks import Disk, mounted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfe_hpc.errors import ConfigError
-from cfe_hpc.files import append_ndjson, read_ndjson, read_toml, write_atomic
+from cfe_hpc.files import append_ndjson, lay_up, read_ndjson, read_toml, write_atomic
 
 RECORDS = st.dictionaries(
     st.text(max_size=8), st.text(max_size=8) | st.integers() | st.none() | st.booleans(), max_size=4
@@ -43,6 +45,44 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "tmpfs") as disk:
+        yield disk
+
+
+def test_on_a_full_disk_spares_take_what_must_be_written(small_disk: Disk) -> None:
+    path, spares = small_disk.path / "file", [small_disk.path / f"spare-{number}" for number in range(3)]
+    assert lay_up(spares, 8192)
+    write_atomic(path, "old")
+    small_disk.fill()
+    before = sorted(small_disk.path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert (path.read_text(), sorted(small_disk.path.iterdir())) == ("old", before)
+    for content in ("new", "newer" * 1600):
+        write_atomic(path, content, spares=spares)
+        small_disk.fill()  # what was in use before is free now, and somebody takes it
+        assert path.read_text() == content
+    assert sorted(small_disk.path.iterdir()) == [small_disk.path / "ballast", path, spares[2]]
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "x" * 100_000, spares=spares)
+    assert sorted(small_disk.path.iterdir()) == [small_disk.path / "ballast", path]
+    assert not lay_up(spares, 1 << 20)
+
+
+def test_a_line_that_a_full_disk_takes_in_part_is_told_and_the_next_is_whole(small_disk: Disk) -> None:
+    path = small_disk.path / "lines"
+    append_ndjson(path, {"a": 1})
+    ballast = small_disk.fill()
+    with pytest.raises(OSError, match="No space left"):
+        append_ndjson(path, {"a": "x" * 10_000})
+    assert path.stat().st_size == 4096
+    ballast.unlink()
+    append_ndjson(path, {"a": 2})
+    assert list(read_ndjson(path)) == [{"a": 1}, {"a": 2}]
 
 
 def test_readers_never_see_a_half_written_file(tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_a_run_on_a_disk_without_a_free_byte_trains_on(tmp_path: Path, disk: Dis
         stop(run)
 
 
+def test_a_stop_and_the_end_of_a_run_need_not_a_free_byte(tmp_path: Path, disk: Disk) -> None:
+    checkpoint, params = {"every_steps": 5, "keep_last": 1}, {"steps": 60}
+    run = start(tmp_path, disk.path, pause_s=0.03, checkpoint=checkpoint, params=params)
+    try:
+        run.wait(lambda: run.events("checkpoint_saved"), 60, "saved once")
+        disk.fill()
+        os.kill(supervisor_of(run), signal.SIGTERM)
+        result = run.wait_result()
+        assert (result["state"], result["attempts"], total(result)) == ("COMPLETED", 2, sum(range(60)))
+        assert (run.folder.promised("requeued-0") or {})["reason"] == "preempted"
+        assert verified(run) == [steps(run, "checkpoint_saved")[-1]]
+        run.wait(lambda: gone(supervisor_of(run)), 30, "gone")
+        written = "".join(path.read_text() for path in run.folder.logs.iterdir())
+        assert "Traceback" not in written
+    finally:
+        stop(run)
+
+
 @pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: "async" if beside else "sync")
 def test_what_rotation_may_delete_makes_room_once(tmp_path: Path, disk: Disk, beside: bool) -> None:
     # Room for two checkpoints and a bit, where three should stay.

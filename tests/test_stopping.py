@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_disks import mounted
 from launching import events, make_folder, make_spec
 
 from cfe_hpc.checkpoints.protocols import SoloGroup
@@ -23,7 +24,8 @@ from cfe_hpc.ranks.rendezvous import Meeting
 from cfe_hpc.ranks.run import Run
 from cfe_hpc.ranks.scheduler import Cause, JobRecord
 from cfe_hpc.ranks.signals import StopFlag
-from cfe_hpc.ranks.stopping import Inquiry, conclude
+from cfe_hpc.ranks.stopping import Inquiry, conclude, hold
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
 RANK = {"CFE_RANK": "0", "CFE_LOCAL_RANK": "0", "CFE_WORLD_SIZE": "1", "CFE_LOCAL_WORLD_SIZE": "1", "CFE_ATTEMPT": "0"}
@@ -86,6 +88,29 @@ def test_a_run_that_cannot_be_requeued_is_held(folder: RunFolder, cause: Cause) 
     verdict = end(folder, Answers(cause, refusals=10**9), kill_wait_s=0.1, signal_lead_s=0)
     assert (verdict.action, verdict.exit_code) == ("held", 1)
     assert "scontrol: refused" in (folder.promised("held") or {})["reason"]
+
+
+def test_a_requeue_follows_though_nothing_can_be_written(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = Answers("preempted")
+    with mounted(folder.path, "-t", "tmpfs", "-o", "size=64k", "tmpfs") as disk:
+        folder.control.mkdir()
+        folder.append_event("started", attempt=0)
+        folder.events_path.unlink()
+        disk.fill()
+        assert end(folder, scheduler).action == "requeued"
+        hold(folder, attempt=0, step=None, why="as the test says")
+        write_result(folder, "HELD", attempts=1)
+        assert list(folder.control.iterdir()) == [] and folder.result() is None
+    assert scheduler.requeues == 1
+    told = [record.getMessage().partition(": ")[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "the event preempted is lost",
+        "another attempt follows, but that cannot be noted",
+        "the event requeued is lost",
+        "the run is held, but that cannot be noted",
+        "the event held is lost",
+        "how the run ended (HELD) is lost",
+    ]
 
 
 def test_a_second_promise_of_the_same_attempt_asks_for_nothing(folder: RunFolder) -> None:

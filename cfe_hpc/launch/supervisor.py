@@ -104,7 +104,10 @@ class Attempt:
     def _note(self, reason: StopReason) -> None:
         """Write the reason where the ranks look for it, before they are signalled. The first one stands."""
         self.stop_reason = self.stop_reason or reason
-        self._folder.promise(f"stop-{self.number}", reason=reason)
+        try:
+            self._folder.promise(f"stop-{self.number}", reason=reason)
+        except OSError as error:  # the ranks will not know why; what follows when they are killed goes by stop_reason
+            logger.warning("attempt %d: the reason cannot be noted: %s", self.number, error.strerror)
 
     def _end(self, reason: StopReason, grace_s: float) -> None:
         """TERM now, once however often it is asked for; KILL after the grace."""
@@ -158,21 +161,21 @@ def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
     if any(event["event"] == "failed" and event.get("attempt") == attempt.number for event in folder.events()):
         return
     if attempt.stop_reason == "time_limit":
-        folder.append_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
+        folder.note_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
     elif attempt.failure is None:
-        folder.append_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
+        folder.note_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
     else:
         rank, status = attempt.failure
         killed = status < 0
         how = f"was killed by {signal.Signals(-status).name}" if killed else f"exited with status {status}"
         detail = KILLED if killed else None
-        folder.append_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)
+        folder.note_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)
 
 
 def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attempt: int, reason: str) -> None:
     """The end of a run whose ranks could not write it. Who holds a run writes that event."""
     if state == "CANCELLED" and not any(event["event"] == "cancelled" for event in folder.events()):
-        folder.append_event("cancelled", attempt=attempt, reason=reason)
+        folder.note_event("cancelled", attempt=attempt, reason=reason)
     write_result(folder, state, attempts=attempt + 1, reason=reason)
 
 

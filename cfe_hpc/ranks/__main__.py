@@ -58,7 +58,7 @@ def _not_to_begin(folder: RunFolder, facts: RankFacts) -> int | None:
     if cancel is not None:
         print(f"cfe_hpc: {folder.run_id} was cancelled: no attempt begins", file=sys.stderr)
         if facts.rank == 0 and folder.result() is None:
-            folder.append_event("cancelled", attempt=facts.attempt, reason="cancelled before the attempt began")
+            folder.note_event("cancelled", attempt=facts.attempt, reason="cancelled before the attempt began")
             write_result(folder, "CANCELLED", attempts=facts.attempt + 1, reason="cancelled by the user")
         return 0
     if held is not None:
@@ -77,7 +77,7 @@ def _stopped_already(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int 
     scheduler = choose(folder, facts, spec.plan)
     if not scheduler.stopping_already():
         return None
-    folder.append_event("signal", attempt=facts.attempt, reason="found")
+    folder.note_event("signal", attempt=facts.attempt, reason="found")
     inquiry = Inquiry(scheduler, [], spec)
     verdict = conclude(
         folder, scheduler, spec, SoloGroup(), inquiry=inquiry, attempt=facts.attempt, step=None, started_s=None

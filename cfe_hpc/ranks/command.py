@@ -94,11 +94,11 @@ def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
     if facts.rank == 0:
         folder.reopen()
         detail = {"job_id": facts.job_id, "world_size": facts.world_size, "hosts": list(facts.hosts), "argv": argv}
-        folder.append_event("started", attempt=facts.attempt, host=facts.hosts[0], detail=detail)
+        folder.note_event("started", attempt=facts.attempt, host=facts.hosts[0], detail=detail)
     try:
         child = _Child(argv, environment)
     except OSError as error:
-        folder.append_event("failed", attempt=facts.attempt, rank=facts.rank, reason=f"{argv[0]}: {error.strerror}")
+        folder.note_event("failed", attempt=facts.attempt, rank=facts.rank, reason=f"{argv[0]}: {error.strerror}")
         logger.error("%s: cannot be started: %s", argv[0], error.strerror)
         return 127
     if facts.rank == 0:
@@ -117,12 +117,15 @@ def _leave(folder: RunFolder, facts: RankFacts, child: _Child, status: int) -> i
     """Note how this rank's program ended; the status to exit with."""
     if status and not child.seen:
         time.sleep(_SIGNAL_SKEW_S)
-    folder.promise(f"exit-{facts.attempt}.{facts.rank}", rank=facts.rank, status=status, signals=child.seen)
+    try:
+        folder.promise(f"exit-{facts.attempt}.{facts.rank}", rank=facts.rank, status=status, signals=child.seen)
+    except OSError as error:
+        logger.warning("how rank %d ended cannot be noted: %s: %s", facts.rank, folder.control, error.strerror)
     if child.seen:
         return 0
     if status and not _decided(folder, facts.attempt):
         reason = f"exit status {_exit_code(status)}"
-        folder.append_event("failed", attempt=facts.attempt, rank=facts.rank, reason=reason)
+        folder.note_event("failed", attempt=facts.attempt, rank=facts.rank, reason=reason)
     return _exit_code(status)
 
 
@@ -165,7 +168,7 @@ class _Leader:
         if not self._child.seen:
             return False
         if self._inquiry is None:
-            self._folder.append_event("signal", attempt=self._facts.attempt, reason="+".join(self._child.seen))
+            self._folder.note_event("signal", attempt=self._facts.attempt, reason="+".join(self._child.seen))
             self._inquiry = Inquiry(self._scheduler, self._child.seen, self._spec)
         if not self._inquiry.answered or self._child.first_s is None:
             return False
@@ -200,7 +203,7 @@ class _Leader:
                 return self._stop(inquiry)
         if failed is not None:
             return _exit_code(int(failed["status"]))
-        self._folder.append_event("completed", attempt=self._facts.attempt)
+        self._folder.note_event("completed", attempt=self._facts.attempt)
         write_result(self._folder, "COMPLETED", attempts=self._facts.attempt + 1)
         return 0
 

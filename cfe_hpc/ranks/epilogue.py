@@ -18,7 +18,7 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
-from cfe_hpc.ranks.stopping import hold
+from cfe_hpc.ranks.stopping import hold, promise_next
 from cfe_hpc.recovery.attempts import Cause
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.result import write_result
@@ -43,14 +43,14 @@ def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int, cause:
     spec = RunSpec.read(folder.run_toml)
     withdraw(spec, run_id=spec.run_id, timeout_s=_GATEWAY_TIMEOUT_S)  # ranks that died could not
     if cause == "preempted":
-        folder.append_event("preempted", attempt=attempt, detail="the ranks ended without having saved")
+        folder.note_event("preempted", attempt=attempt, detail="the ranks ended without having saved")
     elif not any(e["event"] == "failed" and e.get("attempt") == attempt for e in folder.events()):
         how = f"with status {status}" if status else "without a result"
-        folder.append_event("failed", attempt=attempt, reason=f"the ranks ended {how}")
+        folder.note_event("failed", attempt=attempt, reason=f"the ranks ended {how}")
     decision = decide(spec.job.recovery, folder.events(), cause=cause)
     if decision.action == "requeue":
-        folder.append_event("requeued", attempt=attempt, reason=cause, detail=decision.why)
-        return folder.promise(f"requeued-{attempt}", reason=cause)
+        folder.note_event("requeued", attempt=attempt, reason=cause, detail=decision.why)
+        return promise_next(folder, attempt=attempt, reason=cause)
     if decision.action == "hold":
         hold(folder, attempt=attempt, step=None, why=decision.why)
     state: Literal["HELD", "FAILED"] = "HELD" if decision.action == "hold" else "FAILED"

@@ -21,7 +21,7 @@ from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.keeper import Keeper
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.stopping import Inquiry, Verdict, conclude
-from cfe_hpc.recovery.result import write_result
+from cfe_hpc.recovery.result import add_metrics, write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Run", "join"]
@@ -206,13 +206,11 @@ class Run:
             self._journal.close(timeout_s=5.0)
             self._write_result("COMPLETED", weights_sha256=digest)
             if self.rank == 0:
-                self.folder.append_event("completed", attempt=self.attempt, step=self._done)
+                self.folder.note_event("completed", attempt=self.attempt, step=self._done)
             self._keeper.tidy(timeout_s=60.0)
             self._journal.finished = True
         if metrics and self.rank == 0:
-            result = self.folder.result() or {}
-            result["metrics"] = {**result.get("metrics", {}), **metrics}
-            self.folder.write_result(result)
+            add_metrics(self.folder, metrics)
         self.group.barrier()
 
     def abandon(self) -> None:

@@ -16,7 +16,7 @@ from cfe_hpc.ranks.scheduler import Cause, Scheduler
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Inquiry", "Verdict", "conclude"]
+__all__ = ["Inquiry", "Verdict", "conclude", "hold", "promise_next"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ def conclude(
         verdict = _judge(folder, spec, cause, evidence)
         fields: dict[str, Any] = {"step": step, "detail": verdict.why, "seconds": seconds}
         if cause == "preempted":
-            folder.append_event("preempted", attempt=attempt, **fields)
+            folder.note_event("preempted", attempt=attempt, **fields)
         if verdict.action == "cancelled":
-            folder.append_event("cancelled", attempt=attempt, reason=cause, **fields)
+            folder.note_event("cancelled", attempt=attempt, reason=cause, **fields)
         elif verdict.action == "held":
             hold(folder, attempt=attempt, step=step, why=verdict.why)
         elif verdict.action == "requeued":
@@ -148,8 +148,23 @@ def conclude(
 
 def hold(folder: RunFolder, *, attempt: int, step: int | None, why: str) -> None:
     """Hold the run: no further attempt until a person says so. Rank 0, or the supervisor, calls it."""
-    folder.promise("held", reason=why, attempt=attempt)
-    folder.append_event("held", attempt=attempt, step=step, reason=why)
+    try:
+        folder.promise("held", reason=why, attempt=attempt)
+    except OSError as error:
+        logger.warning("the run is held, but that cannot be noted: %s: %s", folder.control, error.strerror)
+    folder.note_event("held", attempt=attempt, step=step, reason=why)
+
+
+def promise_next(folder: RunFolder, *, attempt: int, **facts: Any) -> bool:
+    """Promise that another attempt follows; whether the caller is the one to ask for it.
+
+    A disk that takes nothing at all must not lose the run: the attempt is asked for all the same.
+    """
+    try:
+        return folder.promise(f"requeued-{attempt}", **facts)
+    except OSError as error:
+        logger.warning("another attempt follows, but that cannot be noted: %s: %s", folder.control, error.strerror)
+        return True
 
 
 def _judge(folder: RunFolder, spec: RunSpec, cause: Cause, evidence: str) -> Verdict:
@@ -173,9 +188,9 @@ def _requeue(
     folder: RunFolder, scheduler: Scheduler, spec: RunSpec, verdict: Verdict, attempt: int, step: int | None
 ) -> Verdict:
     """The call itself. What must be written is written before it: this process may be killed right after."""
-    if not folder.promise(f"requeued-{attempt}", reason=verdict.cause, step=step):
+    if not promise_next(folder, attempt=attempt, reason=verdict.cause, step=step):
         return verdict
-    folder.append_event("requeued", attempt=attempt, step=step, reason=verdict.cause, detail=verdict.why)
+    folder.note_event("requeued", attempt=attempt, step=step, reason=verdict.cause, detail=verdict.why)
     if verdict.cause in ("requeued_already", "node_failure"):
         return verdict
     deadline_s = time.monotonic() + _patience_s(spec, verdict.cause)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from cfe_hpc.recovery import ledger
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["write_result"]
+__all__ = ["add_metrics", "write_result"]
+
+logger = logging.getLogger(__name__)
 
 
 def write_result(
@@ -23,6 +26,7 @@ def write_result(
 ) -> None:
     """Write result.json from what is given and from the run's events and heartbeats. One process of a run calls it.
 
+    Where it cannot be written, for want of a disk that takes anything, that is a warning: the end of a run goes on.
     A run that never spoke of steps (a plain `command`) has none to report: what would need them is null, not invented.
 
     Args:
@@ -33,7 +37,8 @@ def write_result(
     """
     books = ledger.summarise(folder)
     counted = final_step is not None or books.last_step > 0 or books.total_steps is not None
-    folder.write_result(
+    _write(
+        folder,
         {
             "state": state,
             **({} if reason is None else {"reason": reason}),
@@ -44,5 +49,21 @@ def write_result(
             "wall_seconds": books.wall_seconds,
             "weights_sha256": weights_sha256,
             "metrics": dict(metrics or {}),
-        }
+        },
     )
+
+
+def add_metrics(folder: RunFolder, metrics: Mapping[str, float]) -> None:
+    """Add to the metrics of result.json, as `write_result` writes them."""
+    result = folder.result() or {}
+    result["metrics"] = {**result.get("metrics", {}), **metrics}
+    _write(folder, result)
+
+
+def _write(folder: RunFolder, result: dict[str, Any]) -> None:
+    try:
+        folder.write_result(result)
+    except OSError as error:
+        logger.warning(
+            "how the run ended (%s) is lost: %s: %s", result.get("state"), folder.result_path, error.strerror
+        )
