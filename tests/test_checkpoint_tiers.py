@@ -6,14 +6,22 @@ import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoint_groups import all_good, run_ranks
 from checkpoint_nodes import node, scatter
+from test_checkpoint_async import wait_for
 from test_checkpoint_store import find, put
 
-from cfe_hpc.checkpoints.manifest import MANIFEST
+from cfe_hpc.checkpoints import drafts
+from cfe_hpc.checkpoints.beside.company import Company
+from cfe_hpc.checkpoints.beside.nodewriter import NodeWriter
+from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Arena, Staged
+from cfe_hpc.checkpoints.layout import CHUNK_BYTES, Placement
+from cfe_hpc.checkpoints.manifest import MANIFEST, ShardIndex
 from cfe_hpc.checkpoints.tiers import nodelocal, partner, places
 from cfe_hpc.checkpoints.tiers.partner import Receiver, Sending
 from cfe_hpc.checkpoints.tiers.reclaim import reclaim
@@ -218,12 +226,24 @@ def shard(root: Path, tmp_path: Path) -> Path:
     return on_nodes(root, tmp_path / "from", 2)[0]
 
 
+def staged(content: bytes, filled_bytes: int | None = None) -> tuple[Arena, Staged]:
+    """A data file in an arena, of which so much, or all, is there."""
+    arena = Arena()
+    arena.reserve(len(content))
+    arena.view(len(content))[:] = content
+    arena.filled_bytes = len(content) if filled_bytes is None else filled_bytes
+    return arena, Staged(arena, len(content))
+
+
 def send(shard: Path, port: int, *, secret: bytes = SECRET, data: bytes | None = None, folder: str = "") -> str | None:
     content = (shard / "shard-00000.bin").read_bytes() if data is None else data
     to = {"host": "127.0.0.1", "port": port}
-    return Sending(to, secret, folder or shard.name, 0, memoryview(content)).finish(
-        (shard / "shard-00000.json").read_bytes()
-    )
+    arena, data_file = staged(content)
+    try:
+        index = (shard / "shard-00000.json").read_bytes()
+        return Sending(to, secret, folder or shard.name, 0, data_file).finish(index)
+    finally:
+        arena.close()
 
 
 def test_the_partner_has_the_very_bytes(shard: Path, tmp_path: Path) -> None:
@@ -246,9 +266,9 @@ def test_strangers_are_not_let_in_and_nobody_sends_to_one(shard: Path, tmp_path:
         assert send(shard, receiver.port, secret=bytes(32)) == "the partner has closed the connection"
         assert list(home.iterdir()) == []
         with socket.create_server(("127.0.0.1", 0)) as stranger:
-            sending = Sending(
-                {"host": "127.0.0.1", "port": stranger.getsockname()[1]}, SECRET, shard.name, 0, memoryview(b"secret")
-            )
+            to = {"host": "127.0.0.1", "port": stranger.getsockname()[1]}
+            arena, data = staged(b"secret")
+            sending = Sending(to, SECRET, shard.name, 0, data)
             link, _ = stranger.accept()
             with link:
                 link.sendall(bytes(32))
@@ -257,6 +277,7 @@ def test_strangers_are_not_let_in_and_nobody_sends_to_one(shard: Path, tmp_path:
                 assert sending.finish(b"") == "what listens there is no rank of this attempt"
                 assert link.recv(1000) == b""
         assert len(greeting) == 64 and SECRET not in greeting
+        arena.close()
     finally:
         receiver.close()
 
@@ -278,3 +299,47 @@ def test_a_partner_that_is_silent_is_given_up(shard: Path, monkeypatch: pytest.M
     monkeypatch.setattr(partner, "_CONNECT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert send(shard, silent.getsockname()[1]) == "TimeoutError: timed out"
+
+
+def test_what_is_still_being_copied_is_sent_as_it_comes(shard: Path, tmp_path: Path) -> None:
+    whole = (shard / "shard-00000.bin").read_bytes()
+    index = ShardIndex.unseal((shard / "shard-00000.json").read_bytes(), "shard-00000.json")
+    content = whole + bytes(CHUNK_BYTES)  # two chunks
+    home, name = node(tmp_path, 6).home, "step-000000002.0-abcdef01"
+    arena, data = staged(content, filled_bytes=CHUNK_BYTES)
+    partner_home = node(tmp_path, 7).home
+    receiver = Receiver(partner_home, SECRET)
+    writer = NodeWriter(arena, Company())
+    writer._secret = SECRET
+    placement = Placement(size_bytes=len(content), extents=())
+    identity = replace(index.identity, world_size=1, token="abcdef01")
+    unwritten = drafts.unwritten_index(identity, 0, placement, num_shared=0, state=None)
+    request = {"home": str(home), "node_bytes": len(content), "limit_bytes": None}
+    request["partner"] = {"host": "127.0.0.1", "port": receiver.port}
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(writer._write_shard, request, unwritten, data)
+            there = partner_home / name / "shard-00000.bin"
+            try:
+                wait_for(lambda: there.exists() and there.read_bytes()[: len(whole)] == whole, "the first chunk came")
+            finally:
+                arena.filled_bytes = len(content)
+            assert written.result()[1] is None
+        assert there.read_bytes() == content
+    finally:
+        receiver.close()
+        arena.close()
+
+
+def test_what_was_taken_back_is_sent_no_further(shard: Path, tmp_path: Path) -> None:
+    arena, data = staged(bytes(2 * CHUNK_BYTES), filled_bytes=CHUNK_BYTES)
+    home = node(tmp_path, 7).home
+    receiver = Receiver(home, SECRET)
+    try:
+        sending = Sending({"host": "127.0.0.1", "port": receiver.port}, SECRET, shard.name, 0, data)
+        wait_for((home / shard.name).exists, "begun")
+        arena.filled_bytes = TAKEN_BACK
+        assert "the state was changed while it was copied" in str(sending.finish(b""))
+    finally:
+        receiver.close()
+        arena.close()

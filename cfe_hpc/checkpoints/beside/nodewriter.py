@@ -99,8 +99,7 @@ class NodeWriter:
         (home / name).mkdir(mode=0o700, exist_ok=True)
         sending = None
         if request["partner"] is not None:
-            self._arena.await_filled(data.size_bytes)
-            sending = Sending(request["partner"], self._secret, name, index.rank, self._arena.view(data.size_bytes))
+            sending = Sending(request["partner"], self._secret, name, index.rank, data)
         try:
             facts = drafts.write_shard(home / name, index, data).decode()
         except BaseException:

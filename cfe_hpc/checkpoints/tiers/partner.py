@@ -15,6 +15,7 @@ import json
 import select
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,6 +25,7 @@ from typing import Any
 from cfe_hpc.checkpoints.agree import reason
 from cfe_hpc.checkpoints.beside.links import Listener, fill, greet, receive, send
 from cfe_hpc.checkpoints.io.shard import write_data, write_file
+from cfe_hpc.checkpoints.io.staging import Staged
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
 from cfe_hpc.checkpoints.manifest import ShardIndex, data_name, index_name
 from cfe_hpc.checkpoints.tiers.nodelocal import check_name, copy_name
@@ -35,6 +37,7 @@ __all__ = ["Receiver", "Sending"]
 _CONNECT_S = 5.0
 _SILENCE_S = 30.0
 """A partner that moves no byte for so long is given up for this checkpoint."""
+_POLL_S = 0.001
 _HEADER_LIMIT_BYTES = 4096
 _INDEX_LIMIT_BYTES = 1 << 30
 _REASON_CHARS = 1000
@@ -98,37 +101,45 @@ def _fill_named(link: socket.socket, out: memoryview) -> None:
 
 
 class Sending:
-    """One shard on its way to the partner, from a thread of its own."""
+    """One shard on its way to the partner, from a thread of its own, while it is still being copied."""
 
-    def __init__(self, to: Mapping[str, Any], secret: bytes, folder: str, rank: int, data: memoryview) -> None:
+    def __init__(self, to: Mapping[str, Any], secret: bytes, folder: str, rank: int, data: Staged) -> None:
         """Begin.
 
         Args:
             to: the partner's `host` and `port`.
             folder: the save's, as `nodelocal.copy_name` gives it.
-            data: the data file; not to be changed until `finish` or `abandon` returns.
+            data: the data file; what is ready of it is not to be changed until `finish` or `abandon` returns.
         """
         self._given_up = threading.Event()
         self._pool = ThreadPoolExecutor(1, "checkpoint-partner")
         self._link = self._pool.submit(self._send_data, (to["host"], to["port"]), secret, folder, rank, data)
 
-    def _send_data(self, to: tuple[str, int], secret: bytes, folder: str, rank: int, data: memoryview) -> socket.socket:
+    def _send_data(self, to: tuple[str, int], secret: bytes, folder: str, rank: int, data: Staged) -> socket.socket:
+        ends = [min(start + CHUNK_BYTES, data.size_bytes) for start in range(0, data.size_bytes, CHUNK_BYTES)]
+        self._await(data, ends[0])  # the partner waits for no copy that has not begun
         link = socket.create_connection(to, timeout=_CONNECT_S)
         try:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             greet(link, secret)
             link.settimeout(_SILENCE_S)
-            send(link, json.dumps({"folder": folder, "rank": rank, "data_bytes": len(data)}).encode())
-            for start in range(0, len(data), CHUNK_BYTES):
-                if self._given_up.is_set():
-                    raise CheckpointError("there is no shard to send")
+            send(link, json.dumps({"folder": folder, "rank": rank, "data_bytes": data.size_bytes}).encode())
+            for start, end in zip([0, *ends], ends, strict=False):
+                self._await(data, end)
                 if _has_answered(link):
                     break
-                link.sendall(data[start : start + CHUNK_BYTES])  # its time limit is for all that one call sends
+                link.sendall(data.content[start:end])  # its time limit is for all that one call sends
         except BaseException:
             link.close()
             raise
         return link
+
+    def _await(self, data: Staged, end: int) -> None:
+        """Wait until the bytes before `end` are there. Raises CheckpointError when they never will be."""
+        while not (self._given_up.is_set() or data.ready(end)):
+            time.sleep(_POLL_S)
+        if self._given_up.is_set():
+            raise CheckpointError("there is no shard to send")
 
     def finish(self, index: bytes) -> str | None:
         """Send the index file after the data, and hear what became of them.
