@@ -309,7 +309,8 @@ def test_what_is_still_being_copied_is_sent_as_it_comes(shard: Path, tmp_path: P
     arena, data = staged(content, filled_bytes=CHUNK_BYTES)
     partner_home = node(tmp_path, 7).home
     receiver = Receiver(partner_home, SECRET)
-    writer = NodeWriter(arena, Company())
+    rank, writers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    writer = NodeWriter(arena, Company(writers_end))
     writer._secret = SECRET
     placement = Placement(size_bytes=len(content), extents=())
     identity = replace(index.identity, world_size=1, token="abcdef01")
@@ -327,6 +328,8 @@ def test_what_is_still_being_copied_is_sent_as_it_comes(shard: Path, tmp_path: P
             assert written.result()[1] is None
         assert there.read_bytes() == content
     finally:
+        rank.close()
+        writers_end.close()
         receiver.close()
         arena.close()
 

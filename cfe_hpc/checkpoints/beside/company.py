@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import json
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfe_hpc.checkpoints.beside.hub import Hub, Spoke
+from cfe_hpc.checkpoints.beside.pulse import Pulse
 
-__all__ = ["Company"]
+__all__ = ["MOVED", "Company"]
+
+MOVED = {"moved": True}
+"""What a helper sends its rank before the answer, again and again."""
 
 _REASON_CHARS = 2000
 
@@ -16,9 +22,24 @@ _REASON_CHARS = 2000
 class Company:
     """The others. `listen`, `join` and `give_up` are requests of a rank; see writer.serve."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: socket.socket) -> None:
+        """`rank` is the connection to this process's own rank, which hears of it when bytes move."""
+        self._rank = rank
         self._hub: Hub | None = None
         self._spoke: Spoke | None = None
+        self._pulse = Pulse(self._tell_moved)
+
+    @property
+    def beat(self) -> Callable[[], None]:
+        """To be called when bytes have moved."""
+        return self._pulse.beat
+
+    def _tell_moved(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended; or it has not listened for long, and hears the earlier ones
+            self._rank.send(json.dumps(MOVED).encode(), socket.MSG_DONTWAIT)
+        if self._spoke is not None:
+            with contextlib.suppress(OSError):
+                self._spoke.beat()
 
     def listen(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Be there for the others, who know `secret`."""
@@ -49,7 +70,7 @@ class Company:
 
     def gather(self, token: str, mine: str, size: int) -> list[bytes]:
         """As rank 0's: what each says of the save of `token`, by rank. Raises CheckpointError: one has failed."""
-        return [mine.encode()] if self._hub is None else self._hub.gather(token, mine, size)
+        return [mine.encode()] if self._hub is None else self._hub.gather(token, mine, size, self.beat)
 
     def tell(self, token: str, **what: str) -> None:
         """As rank 0's: tell all others something of the save of `token`."""
@@ -59,4 +80,4 @@ class Company:
     def hear(self, token: str) -> dict[str, str]:
         """As another's: what rank 0's tells of the save of `token`. Raises CheckpointError when that has failed."""
         assert self._spoke is not None
-        return self._spoke.hear(token)
+        return self._spoke.hear(token, self.beat)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import kind_of, reason
 from cfe_hpc.checkpoints.beside.company import Company
+from cfe_hpc.checkpoints.beside.pulse import Moving
 from cfe_hpc.checkpoints.io.staging import Arena, Staged
 from cfe_hpc.checkpoints.manifest import MANIFEST, Manifest, ShardIndex, index_name
 from cfe_hpc.checkpoints.tiers import nodelocal
@@ -27,15 +28,17 @@ from cfe_hpc.runfolder import utc_now
 __all__ = ["NodeWriter", "manifest_of", "staged"]
 
 
-def staged(arena: Arena, request: Mapping[str, Any]) -> tuple[Staged, ShardIndex, dict[str, Any]]:
+def staged(
+    arena: Arena, request: Mapping[str, Any], beat: Callable[[], None]
+) -> tuple[Staged, ShardIndex, dict[str, Any]]:
     """What lies in an arena, in turn: a data file, its unwritten index and, rank 0's, a plan.
 
-    The data file may still be being copied there.
+    The data file may still be being copied there. `beat` is called when the disk is ready for more of it.
     """
     data_bytes, index_bytes = request["data_bytes"], request["index_bytes"]
     content = arena.view(data_bytes + index_bytes + request["plan_bytes"])
     index = ShardIndex.unseal(bytes(content[data_bytes : data_bytes + index_bytes]), index_name(request["rank"]))
-    return Staged(arena, data_bytes), index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
+    return Moving(arena, data_bytes, beat), index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
 
 
 def manifest_of(index: ShardIndex, plan: Mapping[str, Any], facts: list[bytes]) -> Manifest:
@@ -69,7 +72,7 @@ class NodeWriter:
 
         It says why the partner has no copy: `without_partner`.
         """
-        data, index, plan = staged(self._arena, request)
+        data, index, plan = staged(self._arena, request, self._others.beat)
         token, size, rank = index.identity.token, index.identity.world_size, index.rank
         stage = f"{token} written"
         try:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from cfe_hpc.checkpoints.beside.company import MOVED
+from cfe_hpc.checkpoints.beside.pulse import PULSE_S, SILENCE_S
 from cfe_hpc.checkpoints.beside.writer import HELD_SIGNALS, MESSAGE_BYTES
 from cfe_hpc.checkpoints.io.staging import Arena
 from cfe_hpc.errors import CheckpointError
@@ -31,8 +36,14 @@ class Worker:
         arena: what the writer reads; not to be changed between `ask` and the answer.
     """
 
-    def __init__(self, module: str = "cfe_hpc.checkpoints.beside.writer") -> None:
-        """`module` is what the process runs."""
+    def __init__(
+        self, module: str = "cfe_hpc.checkpoints.beside.writer", *, silence_s: float | None = SILENCE_S
+    ) -> None:
+        """
+        Args:
+            module: what the process runs.
+            silence_s: it is given up when it has told nothing for so long; None for never.
+        """
         self.arena = Arena()
         self._module = module
         self._attached_bytes = 0
@@ -40,6 +51,9 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._answer: dict[str, Any] | None = None
+        self._heard_s = 0.0
+        self._silence_s = math.inf if silence_s is None else silence_s
+        self._given_up: list[subprocess.Popen[bytes]] = []
 
     @property
     def pid(self) -> int | None:
@@ -60,6 +74,7 @@ class Worker:
         Raises:
             OSError: it cannot be started.
         """
+        self._reap()
         if self._process is not None:
             if self.is_alive:
                 return False
@@ -99,8 +114,8 @@ class Worker:
         """
         assert self._link is not None
         if self._awaited:
-            self._receive(0)
-        self._answer, self._awaited = None, True
+            self._receive(waits=True)
+        self._answer, self._awaited, self._heard_s = None, True, time.monotonic()
         try:
             self._link.send(json.dumps(request).encode())
         except ConnectionError:
@@ -108,12 +123,12 @@ class Worker:
 
     def busy(self) -> bool:
         """Whether the answer is still to come."""
-        self._receive(socket.MSG_DONTWAIT)
+        self._receive(waits=False)
         return self._answer is None
 
     def wait(self) -> None:
         """Return when the answer is there."""
-        self._receive(0)
+        self._receive(waits=True)
 
     def answer(self) -> dict[str, Any]:
         """The answer, waited for.
@@ -121,22 +136,44 @@ class Worker:
         Raises:
             WorkerLost: the process has ended without one.
         """
-        self._receive(0)
+        self._receive(waits=True)
         assert self._answer is not None
         if self._answer:
             return self._answer
+        if self._process is None and self._given_up:
+            raise WorkerLost(f"the writer process has moved nothing for {self._silence_s:g} s and was given up")
         raise WorkerLost(f"the writer process has ended ({self._end()})")
 
-    def _receive(self, flags: int) -> None:
-        if self._answer is not None or self._link is None:
-            return
+    def _receive(self, *, waits: bool) -> None:
+        """Take the answer, if it is there, or wait for it. A process that does not get on is given up."""
+        while self._answer is None and self._link is not None:
+            there = select.select([self._link], [], [], min(PULSE_S, self._silence_s) if waits else 0)[0]
+            if there:
+                self._take()
+            elif time.monotonic() - self._heard_s > self._silence_s:
+                self._give_up()
+            elif not waits:
+                return
+
+    def _take(self) -> None:
+        """One message: the answer, or that the process gets on."""
+        assert self._link is not None
+        self._heard_s = time.monotonic()
         try:
-            self._answer = json.loads(self._link.recv(MESSAGE_BYTES, flags) or b"{}")
-        except BlockingIOError:
-            return
+            message = json.loads(self._link.recv(MESSAGE_BYTES) or b"{}")
         except ConnectionError:
-            self._answer = {}
-        self._awaited = False
+            message = {}
+        if message != MOVED:
+            self._answer, self._awaited = message, False
+
+    def _give_up(self) -> None:
+        """Leave the process to itself: it is killed, but while the kernel waits for a disk it does not end."""
+        assert self._process is not None and self._link is not None
+        self._process.kill()
+        self._link.close()
+        self._given_up.append(self._process)
+        self._process = self._link = None
+        self._answer, self._awaited = {}, False
 
     def _end(self) -> str:
         """Reap the process, which has ended or has been told to; how it ended."""
@@ -151,14 +188,19 @@ class Worker:
         self._process = self._link = None
         return f"signal {-status}" if status < 0 else f"status {status}"
 
+    def _reap(self) -> None:
+        self._given_up = [process for process in self._given_up if process.poll() is None]
+
     def kill(self) -> None:
         """End the process at once, whatever it does."""
+        self._reap()
         if self._process is not None:
             self._process.kill()
             self._end()
 
     def close(self) -> None:
         """End the process once it has answered, and give the arena's memory back."""
+        self._reap()
         if self._link is not None:
             # Not merely closed: a forked process may hold this end, too.
             self._link.shutdown(socket.SHUT_RDWR)

@@ -45,7 +45,8 @@ _REASON_CHARS = 2000
 
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end. Replaces nothing in this process but signals and priority."""
-    arena, others, tidying, pages = Arena(arena_fd), Company(), Tidying(), HugePages()
+    rank = socket.socket(fileno=socket_fd)
+    arena, others, tidying, pages = Arena(arena_fd), Company(rank), Tidying(), HugePages()
     writer, node = _Writer(arena, others, tidying, pages), NodeWriter(arena, others)
     acts: dict[str, Act] = {
         "listen": others.listen,
@@ -56,15 +57,21 @@ def main(socket_fd: int, arena_fd: int, parent: int) -> None:
         "receive": node.receive,
         "write_to_node": pages.held(node.write),
     }
-    serve(socket_fd, parent, acts, nice=_NICE, afterwards=tidying.tidy)
+    serve(rank, parent, acts, nice=_NICE, afterwards=tidying.tidy)
 
 
 def serve(
-    socket_fd: int, parent: int, acts: Mapping[str, Act], *, nice: int, afterwards: Callable[[], None] | None = None
+    rank: socket.socket,
+    parent: int,
+    acts: Mapping[str, Act],
+    *,
+    nice: int,
+    afterwards: Callable[[], None] | None = None,
 ) -> None:
     """Answer a rank's requests, one at a time, by the act that each names, until the rank closes its end.
 
     Args:
+        rank: the connection to it.
         parent: the rank's process id: this process dies with it.
         afterwards: called after each answer, for what nobody waits for.
     """
@@ -74,7 +81,7 @@ def serve(
     # Waking up in time keeps the disk busy and takes little; the kernel derives the I/O priority from this, too.
     with contextlib.suppress(OSError):
         os.nice(nice)
-    with socket.socket(fileno=socket_fd) as rank, contextlib.suppress(ConnectionError):
+    with rank, contextlib.suppress(ConnectionError):
         while content := rank.recv(MESSAGE_BYTES):
             request = json.loads(content)
             rank.send(json.dumps(_answer(acts[request["do"]], request)).encode())
@@ -113,7 +120,7 @@ class _Writer:
 
         Rank 0's answer comes when the checkpoint is committed, the others' when they are done.
         """
-        data, index, plan = staged(self._arena, request)
+        data, index, plan = staged(self._arena, request, self._others.beat)
         rank, draft, token = index.rank, Path(request["draft"]), index.identity.token
         drafts.enter(draft, rank, request["needed_bytes"])
         if rank == 0:

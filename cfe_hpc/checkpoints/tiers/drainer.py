@@ -8,6 +8,7 @@ a time and answers each, and dies with its rank.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +33,8 @@ _NICE = 10
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end."""
     os.close(arena_fd)  # what it works on lies in files
-    others, tidying = Company(), Tidying()
+    rank = socket.socket(fileno=socket_fd)
+    others, tidying = Company(rank), Tidying()
     drainer = _Drainer(others, tidying)
     acts = {
         "listen": others.listen,
@@ -40,7 +42,7 @@ def main(socket_fd: int, arena_fd: int, parent: int) -> None:
         "drain": drainer.drain,
         "keep": drainer.keep,
     }
-    serve(socket_fd, parent, acts, nice=_NICE, afterwards=tidying.tidy)
+    serve(rank, parent, acts, nice=_NICE, afterwards=tidying.tidy)
 
 
 class _Drainer:
@@ -59,7 +61,7 @@ class _Drainer:
         try:
             manifest = Manifest.unseal(read_manifest_bytes(folder))
             drafts.enter(draft, rank, manifest.size_bytes)
-            copy_shard(folder, draft, rank, manifest)
+            copy_shard(folder, draft, rank, manifest, self._others.beat)
         except Exception as error:
             self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
             raise

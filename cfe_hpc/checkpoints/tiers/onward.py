@@ -7,6 +7,7 @@ nothing waits for it but the end of the run, and that not for ever.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ class Onward:
         """
         self._root, self._url, self._run_id, self._attempt = root, url, run_id, attempt
         self._keep_last, self._every_steps = keep_last, every_steps
-        self._worker = Worker("cfe_hpc.checkpoints.tiers.onward")
+        self._worker = Worker("cfe_hpc.checkpoints.tiers.onward", silence_s=None)
         self._going: int | None = None
         self._next: int | None = None
 
@@ -114,7 +115,7 @@ class Onward:
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end."""
     os.close(arena_fd)  # what it works on lies in files
-    serve(socket_fd, parent, {"push": _push}, nice=_NICE)
+    serve(socket.socket(fileno=socket_fd), parent, {"push": _push}, nice=_NICE)
 
 
 def _push(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,15 @@ from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 __all__ = ["InOrder", "copy_shard"]
 
 
-def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest) -> None:
+def _nothing() -> None:
+    pass
+
+
+def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest, beat: Callable[[], None] = _nothing) -> None:
     """Copy one shard from a node's folder into a draft; durable on return, every byte as it was written.
+
+    Args:
+        beat: called when the draft is ready for more.
 
     Raises:
         CorruptCheckpoint: the node's copy is not what was written.
@@ -26,7 +33,7 @@ def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest) -> None
     shard = ShardReader([folder], rank, manifest.identity, facts[index_name(rank)], content)
     shard.check_header(facts[data_name(rank)])
     with open(folder / data_name(rank), "rb", buffering=0) as stream:
-        sums = write_data(draft / data_name(rank), _Copied(stream.fileno(), shard.index.data_bytes, shard.name))
+        sums = write_data(draft / data_name(rank), _Copied(stream.fileno(), shard.index.data_bytes, shard.name, beat))
     if sums != shard.index.chunks:
         raise CorruptCheckpoint(f"{folder}: {data_name(rank)} is altered")
     write_file(draft / index_name(rank), content)
@@ -35,10 +42,11 @@ def copy_shard(folder: Path, draft: Path, rank: int, manifest: Manifest) -> None
 class _Copied:
     """A node's data file; a `Chunks`. Whoever writes it sums it: it is not summed here as well."""
 
-    def __init__(self, fd: int, size_bytes: int, name: str) -> None:
-        self.size_bytes, self._fd, self._name = size_bytes, fd, name
+    def __init__(self, fd: int, size_bytes: int, name: str, beat: Callable[[], None]) -> None:
+        self.size_bytes, self._fd, self._name, self._beat = size_bytes, fd, name, beat
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
+        self._beat()
         fill(self._fd, start, buffer, self._name)
         os.posix_fadvise(self._fd, start, len(buffer), os.POSIX_FADV_DONTNEED)  # nobody reads it again soon
         return buffer
