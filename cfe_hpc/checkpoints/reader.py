@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints.folders import step_name
-from cfe_hpc.checkpoints.io.reads import Batch, Chunk, read_all
+from cfe_hpc.checkpoints.io.neighbours import Neighbours
+from cfe_hpc.checkpoints.io.reads import Batch, Chunk, read_all, read_shared
 from cfe_hpc.checkpoints.io.shard import num_chunks
 from cfe_hpc.checkpoints.io.shard_reader import ShardReader, read_index
 from cfe_hpc.checkpoints.layout import DTYPE_BYTES, Extent
@@ -94,7 +96,10 @@ class Opened:
             )
             for rank in range(identity.world_size)
         ]
+        counts = [num_chunks(shard.index.data_bytes) for shard in self._shards]
+        self._first_chunks = [0, *itertools.accumulate(counts)]
         self._batch = Batch()
+        self._neighbours: Neighbours | None = None
         self.reader = SharedReader(self._shards, self)
 
     @classmethod
@@ -140,11 +145,31 @@ class Opened:
     def flush(self, *, alike: bool = False) -> None:
         """See ReadInto.flush: for all readers of this checkpoint together."""
         chunks, self._batch = self._batch.chunks(), Batch()
+        board = None if self._neighbours is None else self._neighbours.board
+        if board is not None:
+            read_shared({self._first_chunks[chunk.shard.rank] + chunk.index: chunk for chunk in chunks}, board)
+            return
         if alike and self._parts > 1:
             # Each begins elsewhere: one reads from the disk what the others then find in the page cache.
             first = len(chunks) * self._part // self._parts
             chunks = chunks[first:] + chunks[:first]
         read_all(chunks, direct=not alike or self._parts == 1)
+
+    def offer(self) -> bytes:
+        """Begin to share reads with other ranks of this node: what `meet` must hear from each rank."""
+        self._neighbours = Neighbours()
+        return self._neighbours.offer()
+
+    def meet(self, offers: Sequence[bytes], rank: int) -> None:
+        """Find those that are near, among all ranks' `offers`. Not collective; see Neighbours.meet."""
+        assert self._neighbours is not None
+        self._neighbours.meet(offers, rank, self._first_chunks[-1])
+
+    def part(self) -> None:
+        """End the sharing, when all have met."""
+        if self._neighbours is not None:
+            self._neighbours.close()
+            self._neighbours = None
 
     def check_headers(self) -> None:
         """Check this part's share of the data files: their sizes, and whose they are.

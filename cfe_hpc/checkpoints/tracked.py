@@ -46,8 +46,12 @@ def restore(
         CheckpointError: an object refused its state; objects may have been changed.
     """
     phases = _Restore(opened, objects, group, facts or {}, device)
-    for phase in (phases.check, phases.read, phases.finish, phases.finish_sharded):
-        all_ranks(group, phase)
+    try:
+        phases.offers = all_ranks(group, phases.check)
+        for phase in (phases.read, phases.finish, phases.finish_sharded):
+            all_ranks(group, phase)
+    finally:
+        opened.part()
     if opened.world_size == group.size:
         restore_rng(phases.trees[RNG])
     elif group.rank == 0:
@@ -65,22 +69,24 @@ class _Restore:
     def __init__(
         self, opened: Opened, objects: Mapping[str, Any], group: Group, facts: Mapping[str, Any], device: str
     ) -> None:
-        self._opened, self._facts = opened, facts
+        self._opened, self._facts, self._rank = opened, facts, group.rank
         self._state = opened.state(group.rank)
         self._objects = {name: bare(thing) for name, thing in objects.items()}
         self._filling = Filling(opened.own(group.rank), opened.reader, device=device, alike=group.size > 1)
         self._finishes: list[restoring.Finish] = []
         self.trees: dict[str, Any] = {}
+        self.offers: list[bytes] = []
 
     def check(self) -> bytes:
-        """Compare; nothing is read or changed."""
+        """Compare; nothing is read or changed. What this rank offers to those near it."""
         found = list(_mismatches(self._opened, self._state, self._objects, self._facts))
         if found:
             raise CheckpointMismatch(f"{self._opened.folder.name} does not fit the job: " + "; ".join(found))
-        return b""
+        return self._opened.offer()
 
     def read(self) -> bytes:
         """Read all but what sharded objects read for themselves."""
+        self._opened.meet(self.offers, self._rank)
         for name, thing in self._objects.items():
             entry = self._state[name]
             if entry["kind"] == "sharded":

@@ -59,10 +59,13 @@ def page_buffer(size_bytes: int) -> memoryview:
     return memory[first : first + size_bytes]
 
 
-def shared_pages(fd: int, size_bytes: int) -> memoryview:
+def shared_pages(fd: int, size_bytes: int, *, populate: bool = True) -> memoryview:
     """The first bytes of a memory file, every page mapped, at an address where they can become huge pages.
 
     They stay mapped for as long as anything looks at them.
+
+    Args:
+        populate: False to have each page when it is first touched.
 
     Raises:
         OSError: there is no room for them.
@@ -72,7 +75,7 @@ def shared_pages(fd: int, size_bytes: int) -> memoryview:
     begin = spare + -spare % HUGE_BYTES
     end = begin + -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | _MAP_FIXED
+        flags = mmap.MAP_SHARED | _MAP_FIXED | (mmap.MAP_POPULATE if populate else 0)
         _map(begin, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
     except OSError:
         _libc.munmap(spare, size_bytes + HUGE_BYTES)
