@@ -74,12 +74,13 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644, spares:
 
 @contextlib.contextmanager
 def written_aside(
-    path: Path, content: str | bytes, *, mode: int = 0o644, spares: Sequence[Path] = ()
+    path: Path, content: str | bytes, *, mode: int = 0o644, spares: Sequence[Path] = (), synced: bool = True
 ) -> Iterator[Path]:
-    """A new file beside `path`, durable, to be given that name; it is gone afterwards if it still has its own.
+    """A new file beside `path`, to be given that name; it is gone afterwards if it still has its own.
 
     Args:
         spares: see write_atomic.
+        synced: it is durable, too. That waits for whatever else the disk has to write.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -88,9 +89,11 @@ def written_aside(
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         try:
-            _write_synced(aside, data, mode, os.O_CREAT | os.O_EXCL)
+            _write(aside, data, mode, os.O_CREAT | os.O_EXCL, synced)
         except OSError as error:
-            if error.errno not in _NO_ROOM or not any(_write_over(spare, aside, data, mode) for spare in spares):
+            if error.errno not in _NO_ROOM or not any(
+                _write_over(spare, aside, data, mode, synced) for spare in spares
+            ):
                 raise
         yield aside
     finally:
@@ -98,14 +101,14 @@ def written_aside(
             os.unlink(aside)
 
 
-def _write_over(spare: Path, aside: Path, data: bytes, mode: int) -> bool:
+def _write_over(spare: Path, aside: Path, data: bytes, mode: int, synced: bool) -> bool:
     """Make `aside` of a spare, in the blocks that it has; whether that went well. The spare is used up if it was there.
 
     Whoever renames it has it: of several processes one.
     """
     try:
         os.rename(spare, aside)
-        _write_synced(aside, data, mode, 0)
+        _write(aside, data, mode, 0, synced)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(aside)
@@ -113,13 +116,14 @@ def _write_over(spare: Path, aside: Path, data: bytes, mode: int) -> bool:
     return True
 
 
-def _write_synced(path: Path, data: bytes, mode: int, flags: int) -> None:
+def _write(path: Path, data: bytes, mode: int, flags: int, synced: bool) -> None:
     with open(os.open(path, os.O_WRONLY | flags, mode), "wb") as stream:
         os.fchmod(stream.fileno(), mode)
         stream.write(data)
         stream.truncate()
-        stream.flush()
-        os.fsync(stream.fileno())
+        if synced:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def lay_up(spares: Iterable[Path], size_bytes: int) -> bool:
@@ -133,7 +137,9 @@ def lay_up(spares: Iterable[Path], size_bytes: int) -> bool:
     for spare in spares:
         try:
             if not spare.exists():
-                write_atomic(spare, os.urandom(size_bytes))  # zeros may be stored as none at all
+                # Zeros may be stored as none at all.
+                with written_aside(spare, os.urandom(size_bytes), synced=False) as aside:
+                    os.replace(aside, spare)
         except OSError:
             return False
     return True

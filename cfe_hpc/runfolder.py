@@ -210,7 +210,9 @@ class RunFolder:
         """
         self.control.mkdir(exist_ok=True)
         path = self.control / name
-        with written_aside(path, json.dumps({"time": utc_now(), **facts}) + "\n", spares=self._spares) as aside:
+        content = json.dumps({"time": utc_now(), **facts}) + "\n"
+        # Not synced: a stop must not wait for a checkpoint that the disk is still writing.
+        with written_aside(path, content, spares=self._spares, synced=False) as aside:
             try:
                 os.link(aside, path)  # atomic on NFS too, unlike O_EXCL on old servers
             except FileExistsError:
