@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_disks import ext4
 from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_async import gone, saving, wait_for
 from test_checkpoint_store import content, find
 
-from cfe_hpc.checkpoints.beside import hub, pulse
+from cfe_hpc.checkpoints.beside import hub, pulse, workers
 from cfe_hpc.checkpoints.beside.company import Company
 from cfe_hpc.checkpoints.beside.hub import Hub, Spoke
 from cfe_hpc.checkpoints.beside.workers import Worker
+from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.errors import CheckpointError
 
 SECRET = bytes(range(32))
@@ -87,6 +89,25 @@ def test_a_rank_waits_for_its_writer_while_that_gets_on(monkeypatch: pytest.Monk
         thread.join()
         worker._link = None
     worker.close()
+
+
+def test_nobody_waits_for_a_killed_writer_that_waits_for_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_KILLED_S", 0.1)
+    with ext4(tmp_path / "disk", 16 << 20) as disk, saving(disk.path, SoloGroup()) as saves:
+        saves.reserve(content(0, SoloGroup()))
+        worker, pid = saves._crew.worker, saves.writer_pid
+        worker.wait()
+        with disk.frozen():
+            saves.begin(content(1, SoloGroup()), step=1)
+            saves.settle()
+            wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D", "it waits")
+            killing = threading.Thread(target=worker.kill, daemon=True)
+            killing.start()
+            killing.join(20)
+            assert not killing.is_alive() and not gone(pid)
+        wait_for(lambda: gone(pid), "gone")
 
 
 @pytest.mark.parametrize("victim", [0, 1])

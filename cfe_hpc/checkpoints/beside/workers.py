@@ -23,6 +23,8 @@ from cfe_hpc.errors import CheckpointError
 __all__ = ["Worker", "WorkerLost"]
 
 _CLOSING_S = 10.0
+_KILLED_S = 2.0
+"""What is killed has ended by then, unless the kernel waits for a disk in its name."""
 
 
 class WorkerLost(CheckpointError):
@@ -175,17 +177,20 @@ class Worker:
         self._process = self._link = None
         self._answer, self._awaited = {}, False
 
-    def _end(self) -> str:
-        """Reap the process, which has ended or has been told to; how it ended."""
+    def _end(self, limit_s: float = _CLOSING_S) -> str:
+        """Reap the process, which has ended or has been told to, or is killed after `limit_s`; how it ended."""
         if self._process is None or self._link is None:
             return "it was not started"
         self._link.close()
         try:
-            status = self._process.wait(_CLOSING_S)
+            status = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            status = self._process.wait()
+            self._given_up.append(self._process)
+            status = None
         self._process = self._link = None
+        if status is None:
+            return "not yet: it waits for a disk"
         return f"signal {-status}" if status < 0 else f"status {status}"
 
     def _reap(self) -> None:
@@ -196,7 +201,7 @@ class Worker:
         self._reap()
         if self._process is not None:
             self._process.kill()
-            self._end()
+            self._end(_KILLED_S)
 
     def close(self) -> None:
         """End the process once it has answered, and give the arena's memory back."""
