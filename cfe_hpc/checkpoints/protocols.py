@@ -110,8 +110,8 @@ class ReadInto(Protocol):
         """Do all that was asked for: each byte is read once, in file order, and checked on its way. Not collective.
 
         Args:
-            alike: whether the other ranks read the same bytes at this time; the page cache then serves those of
-                one node. Otherwise reads go around it.
+            alike: whether the other ranks read the same bytes at this time; where ranks of one node cannot share what
+                they read, the page cache then serves them. Otherwise reads go around it.
 
         Raises:
             CorruptCheckpoint: bytes are not those that were written; what was asked for may be filled in part.

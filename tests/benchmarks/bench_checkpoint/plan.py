@@ -47,8 +47,8 @@ NOTES = (
     "x copy, x write and x read: beside the limit of the same round and the same bytes. slower: a step while the save "
     "goes on, beside one before. lost: seconds of computing, blocked and slowed together. first x: blocked and durable "
     "of the first save beside the median. elsewhere x: a load on the other numbers of ranks beside one on the same. "
-    "memory x: the most taken beyond the state, beside the state. bare-write: as many bytes written while training goes "
-    "on, by a thread, without a copy or checksums.",
+    "memory x: the most taken beyond the state, beside the state. bare-write: as many bytes written while training "
+    "goes on, by a thread, without a copy or checksums.",
     f"From {MIDDLE_BYTES / 1e9:.0f} GB on {', '.join(ONLY_ON_TWO)} and DeepSpeed are measured on two ranks only; from "
     f"{LARGE_BYTES / 1e9:.0f} GB on only {', '.join(LARGE_WAYS)}, loaded on other ranks after a save of two.",
     "DeepSpeed is measured at ZeRO 3 on other numbers of ranks than two; its decoupled writer on two ranks.",
