@@ -219,6 +219,14 @@ class RunFolder:
                 return False
         return True
 
+    def note(self, name: str, meaning: str, /, **facts: Any) -> bool:
+        """`promise`, but one that cannot be made is a warning, and True: its `meaning` holds all the same."""
+        try:
+            return self.promise(name, **facts)
+        except OSError as error:
+            logger.warning("%s, but that cannot be noted: %s: %s", meaning, self.control, error.strerror)
+            return True
+
     def promised(self, name: str) -> dict[str, Any] | None:
         """The facts of `control/<name>`; None when nobody made it."""
         try:

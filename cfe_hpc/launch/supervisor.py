@@ -104,10 +104,8 @@ class Attempt:
     def _note(self, reason: StopReason) -> None:
         """Write the reason where the ranks look for it, before they are signalled. The first one stands."""
         self.stop_reason = self.stop_reason or reason
-        try:
-            self._folder.promise(f"stop-{self.number}", reason=reason)
-        except OSError as error:  # the ranks will not know why; what follows when they are killed goes by stop_reason
-            logger.warning("attempt %d: the reason cannot be noted: %s", self.number, error.strerror)
+        # Without it the ranks do not know why; what follows when they are killed goes by stop_reason.
+        self._folder.note(f"stop-{self.number}", f"attempt {self.number} is stopped: {reason}", reason=reason)
 
     def _end(self, reason: StopReason, grace_s: float) -> None:
         """TERM now, once however often it is asked for; KILL after the grace."""

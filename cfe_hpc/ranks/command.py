@@ -117,10 +117,8 @@ def _leave(folder: RunFolder, facts: RankFacts, child: _Child, status: int) -> i
     """Note how this rank's program ended; the status to exit with."""
     if status and not child.seen:
         time.sleep(_SIGNAL_SKEW_S)
-    try:
-        folder.promise(f"exit-{facts.attempt}.{facts.rank}", rank=facts.rank, status=status, signals=child.seen)
-    except OSError as error:
-        logger.warning("how rank %d ended cannot be noted: %s: %s", facts.rank, folder.control, error.strerror)
+    name, meaning = f"exit-{facts.attempt}.{facts.rank}", f"rank {facts.rank} has ended with status {status}"
+    folder.note(name, meaning, rank=facts.rank, status=status, signals=child.seen)
     if child.seen:
         return 0
     if status and not _decided(folder, facts.attempt):

@@ -148,10 +148,7 @@ def conclude(
 
 def hold(folder: RunFolder, *, attempt: int, step: int | None, why: str) -> None:
     """Hold the run: no further attempt until a person says so. Rank 0, or the supervisor, calls it."""
-    try:
-        folder.promise("held", reason=why, attempt=attempt)
-    except OSError as error:
-        logger.warning("the run is held, but that cannot be noted: %s: %s", folder.control, error.strerror)
+    folder.note("held", "the run is held", reason=why, attempt=attempt)
     folder.note_event("held", attempt=attempt, step=step, reason=why)
 
 
@@ -160,11 +157,7 @@ def promise_next(folder: RunFolder, *, attempt: int, **facts: Any) -> bool:
 
     A disk that takes nothing at all must not lose the run: the attempt is asked for all the same.
     """
-    try:
-        return folder.promise(f"requeued-{attempt}", **facts)
-    except OSError as error:
-        logger.warning("another attempt follows, but that cannot be noted: %s: %s", folder.control, error.strerror)
-        return True
+    return folder.note(f"requeued-{attempt}", "another attempt follows", **facts)
 
 
 def _judge(folder: RunFolder, spec: RunSpec, cause: Cause, evidence: str) -> Verdict:

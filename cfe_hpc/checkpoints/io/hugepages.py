@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, collapse
 
@@ -14,7 +14,8 @@ __all__ = ["HugePages"]
 _SHARE = 0.2
 """Of one core, while there is something to do: about 10 s for each GB, once, beside training."""
 
-Act = Callable[[Mapping[str, Any]], dict[str, Any]]
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class HugePages:
@@ -35,10 +36,10 @@ class HugePages:
             self._thread = threading.Thread(target=self._gather, name="checkpoint-pages", daemon=True)
             self._thread.start()
 
-    def held(self, act: Act) -> Act:
+    def held(self, act: Callable[[Asked], Answer]) -> Callable[[Asked], Answer]:
         """`act`, in whose time no page is moved."""
 
-        def acting(request: Mapping[str, Any]) -> dict[str, Any]:
+        def acting(request: Asked) -> Answer:
             with self._quiet:
                 return act(request)
 
