@@ -61,6 +61,10 @@ def test_what_a_job_leaves_out_is_the_sites() -> None:
         "signal_lead_s": 120,
         "preemption": {"mode": "off", "grace": 0.0, "user_signal": False},
         "options": [],
+        "launcher": "srun",
+        "nodes_min": None,
+        "restarts": 0,
+        "tasks_per_node": None,
     }
 
 
@@ -100,6 +104,16 @@ def test_an_accelerator_chooses_the_partition() -> None:
 def test_times_without_default_or_limit() -> None:
     assert plan(_job(resources={"partition": "cpu"}), _site()).time_s == 12 * 3600
     assert plan(_job(resources={"partition": "open"}), _site()).time_s is None
+
+
+def test_a_qos_may_decide_on_preemption_and_time() -> None:
+    preemption = {"mode": "cancel", "grace": "30s"}
+    site = _site(qos={"low": {"preemption": preemption, "time_limit": "8h"}, "long": {"time_limit": "6h"}})
+    assert plan(_job(resources={"qos": "low"}), site).preemption.mode == "cancel"
+    assert plan(_job(resources={"qos": "long"}), site).preemption.mode == "off"
+    assert plan(_job(resources={"qos": "low", "partition": "open"}), site).time_s == 8 * 3600
+    with pytest.raises(ImpossibleError, match="longer than the 6h of QOS long"):
+        plan(_job(resources={"qos": "long", "time": "7h"}), site)
 
 
 def test_the_lead_is_rounded_up_to_whole_seconds() -> None:
@@ -190,6 +204,15 @@ def test_a_plan_fits_the_site_or_there_is_none(
 def _findings(job: Job, site: Site) -> dict[str, Finding]:
     loaded = Loaded(job=job, site=site, origins={}, job_file="j.toml", site_file="s.toml")
     return {finding.id: finding for finding in check(loaded, plan(job, site))}
+
+
+def test_a_job_that_is_suspended_needs_no_grace() -> None:
+    def found(mode: str) -> dict[str, Finding]:
+        partition = {"hardware": "gpu", "default_time": "4h", "preemption": {"mode": mode}}
+        return _findings(_job(), _site(partitions={"gpu": partition}))
+
+    assert "short-grace" in found("requeue")
+    assert "short-grace" not in found("suspend")
 
 
 @pytest.fixture

@@ -33,20 +33,26 @@ HONOURED: dict[str, str] = {
 
 INTERNAL = frozenset(
     {
+        "CFE_ALLOCATED_S",
         "CFE_ATTEMPT",
         "CFE_ATTEMPT_BASE",
         "CFE_CONTROL_PORT",
+        "CFE_HOSTS",
         "CFE_JOB_ID",
         "CFE_LOCAL_RANK",
         "CFE_LOCAL_WORLD_SIZE",
         "CFE_NODE_RANK",
         "CFE_NUM_NODES",
+        "CFE_PIDS_DIR",
         "CFE_PUSHGATEWAY_PASSWORD",
         "CFE_PUSHGATEWAY_PASSWORD_FILE",
         "CFE_PUSHGATEWAY_USER",
         "CFE_RANK",
+        "CFE_RESTART",
         "CFE_RUN_DIR",
+        "CFE_SCHEDULER",
         "CFE_SITE",
+        "CFE_WORKER",
         "CFE_WORLD_SIZE",
     }
 )

@@ -57,6 +57,12 @@ class Launch(Strict):
     nodes_min: int | None = Field(
         None, ge=1, description="fewest nodes an elastic attempt may start on", examples=["1"]
     )
+    restarts: int = Field(
+        0,
+        ge=0,
+        description="times that torchrun may start the ranks again inside one allocation; each counts as a failure",
+        examples=["1"],
+    )
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables set for every rank", examples=['{ OMP_NUM_THREADS = "4" }']
     )
@@ -161,13 +167,60 @@ class Checkpoint(Strict):
 
 
 class Recovery(Strict):
-    """`[recovery]`: how often each kind of end is followed by another attempt; left out means without limit."""
+    """`[recovery]`: how often each kind of end is followed by another attempt; not set means without limit."""
 
     preemptions: int | None = Field(None, ge=0, description="preemptions after which the run is held", examples=["10"])
     timeouts: int | None = Field(None, ge=0, description="time limits after which the run is held", examples=["10"])
     node_failures: int | None = Field(None, ge=0, description="dead nodes after which the run is held", examples=["3"])
     failures: int = Field(
         0, ge=0, description="crashes of the job's own that are followed by another attempt", examples=["2"]
+    )
+    nans: int = Field(
+        3,
+        ge=0,
+        description="roll-backs after a loss or gradient that is not finite, after which the run is held",
+        examples=["3"],
+    )
+    nan_lr_factor: float | None = Field(
+        None, gt=0, lt=1, description="the learning rate is multiplied by it after each roll-back", examples=["0.5"]
+    )
+    device_ooms: int = Field(
+        4,
+        ge=0,
+        description="times that device memory may run out, each halving the micro-batch, after which the run is held",
+        examples=["4"],
+    )
+    host_ooms: int = Field(
+        1, ge=0, description="times that a node's memory may run out, after which the run is held", examples=["1"]
+    )
+    hangs: int = Field(
+        2, ge=0, description="attempts without a sign of progress, after which the run is held", examples=["2"]
+    )
+    communication_errors: int = Field(
+        2,
+        ge=0,
+        description="broken connections between ranks that nothing else explains, after which the run is held",
+        examples=["2"],
+    )
+    disk_fulls: int = Field(
+        0, ge=0, description="full disks or spent quotas after which the run is held", examples=["1"]
+    )
+    hang_factor: float = Field(
+        30.0, gt=1, description="a step that takes this many times the median of the last ones hangs", examples=["30.0"]
+    )
+    hang_after: DurationS = Field(
+        600.0, description='but less than this is no hang; "0s" turns the watchdog off', examples=['"10m"']
+    )
+    exclude_nodes_for: DurationS = Field(
+        86400.0, description='how long a node that failed is avoided by all runs; "0s" is never', examples=['"24h"']
+    )
+    preflight: bool = Field(
+        True, description="test the nodes, their devices and the network before the model is built", examples=["false"]
+    )
+    adapt_saves: bool = Field(
+        True,
+        description="save more often where a preemption's grace is shorter than a step and a save",
+        examples=["false"],
     )
 
 

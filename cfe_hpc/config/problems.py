@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -46,11 +47,13 @@ def key_of(name: str, field: FieldInfo) -> str:
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The model of a table, or of each table in a table of tables; None for a plain value."""
+    """The model of a table, be it optional, or of each table in a table of tables; None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) is dict:
         return nested_model(get_args(annotation)[1])
+    if get_origin(annotation) is UnionType:
+        return next(filter(None, map(nested_model, get_args(annotation))), None)
     return None
 
 

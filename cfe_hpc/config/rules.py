@@ -108,6 +108,9 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
     if job.launch.nodes_min is not None and job.launch.nodes_min > job.resources.nodes:
         remedy = f"lower it, or raise resources.nodes ({job.resources.nodes})"
         yield report(("launch", "nodes_min"), "more than resources.nodes", remedy, job.launch.nodes_min)
+    if job.launch.restarts and job.launch.launcher != "torchrun":
+        remedy = 'set launcher = "torchrun", or raise recovery.failures instead'
+        yield report(("launch", "restarts"), "only torchrun restarts ranks", remedy, job.launch.restarts)
     yield from _variable_problems(job.launch.environment, ("launch", "environment"), report)
     yield from _deepspeed_problems(job.engine.deepspeed, report)
     for key in ("pushgateway", "otlp_endpoint"):
@@ -201,6 +204,8 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
     if site.default_partition not in site.partitions:
         yield _unknown_name(report, ("default_partition",), site.default_partition, site.partitions, "partitions")
     yield from _partition_problems(site, report)
+    for name in site.qos:
+        yield from _word_problems(name, ("qos", name), report)
     for name, hardware in site.hardware.items():
         yield from _word_problems(hardware.gres, ("hardware", name, "gres"), report)
         for placeholder in re.findall(r"\{([^{}]*)\}", hardware.gres or ""):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ class Plan(Strict):
     signal_lead_s: int = Field(ge=0, description="seconds before the time limit at which it is sent")
     preemption: Preemption
     options: list[str] = Field(default_factory=list, description="further #SBATCH options")
+    launcher: Literal["srun", "torchrun", "deepspeed"] = Field("srun", description="what starts the ranks of a node")
+    nodes_min: int | None = Field(None, ge=1, description="fewest nodes an attempt may start on; `nodes` when None")
+    restarts: int = Field(0, ge=0, description="times that the launcher may start the ranks again in one allocation")
+    tasks_per_node: int | None = Field(None, ge=1, description="tasks of srun on a node; devices_per_node when None")
 
 
 class Provenance(Strict):

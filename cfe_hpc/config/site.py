@@ -19,6 +19,7 @@ __all__ = [
     "Network",
     "Partition",
     "Preemption",
+    "Qos",
     "Site",
     "SiteMetrics",
     "Slurm",
@@ -49,12 +50,28 @@ class Hardware(Strict):
 class Preemption(Strict):
     """`[partitions.NAME.preemption]`: what this site does to a job it wants out of the way."""
 
-    mode: Literal["off", "requeue", "cancel"] = Field(
-        "off", description="Slurm's PreemptMode of the partition", examples=['"requeue"']
+    mode: Literal["off", "requeue", "cancel", "suspend"] = Field(
+        "off", description="Slurm's PreemptMode of the partition or QOS", examples=['"requeue"']
     )
     grace: DurationS = Field(0.0, description="GraceTime: from the signal to the kill", examples=['"30s"'])
     user_signal: bool = Field(
         False, description="preempt_send_user_signal: the job's own --signal is sent instead of TERM", examples=["true"]
+    )
+
+    @property
+    def ends_attempts(self) -> bool:
+        """Whether a preempted attempt is ended. One that is suspended goes on later as if nothing had been."""
+        return self.mode in ("requeue", "cancel")
+
+
+class Qos(Strict):
+    """`[qos.NAME]`: what a quality of service decides, beyond who is billed."""
+
+    preemption: Preemption | None = Field(
+        None, description="what is done to its jobs, in place of what the partition says (PreemptType=preempt/qos)"
+    )
+    time_limit: DurationS | None = Field(
+        None, description="longest time of one attempt (MaxWall); none when left out", examples=['"8h"']
     )
 
 
@@ -144,6 +161,32 @@ class Slurm(Strict):
     kill_wait: DurationS = Field(30.0, description="KillWait: from TERM at the limit to KILL", examples=['"30s"'])
     array_max: int | None = Field(None, ge=1, description="MaxArraySize; indices end one below", examples=["1001"])
     poll_interval: DurationS = Field(10.0, description="shortest time between two squeue calls", examples=['"10s"'])
+    version: str | None = Field(
+        None,
+        pattern=r"^\d+\.\d+\S*$",
+        description="as `scontrol --version` says it: it decides what becomes of a job that exits in its grace time",
+        examples=['"22.05.8"'],
+    )
+    proctrack: str | None = Field(
+        None, min_length=1, description="ProctrackType, without `proctrack/`", examples=['"cgroup"']
+    )
+    signal_children: bool | None = Field(
+        None,
+        description="SignalChildrenProcesses: true where signals reach every process of a step under proctrack/cgroup",
+        examples=["false"],
+    )
+    job_requeue: bool | None = Field(
+        None, description="JobRequeue: false where jobs are not requeued unless they ask for it", examples=["true"]
+    )
+    max_batch_requeue: int | None = Field(
+        None, ge=0, description="requeues by Slurm itself after which it holds a job", examples=["5"]
+    )
+    over_time_limit: DurationS | None = Field(
+        None, description="OverTimeLimit: how long a job may run past its limit", examples=['"0s"']
+    )
+    preempt_type: str | None = Field(
+        None, min_length=1, description="PreemptType, without `preempt/`", examples=['"partition_prio"']
+    )
 
 
 class Site(Strict):
@@ -162,6 +205,7 @@ class Site(Strict):
     default_partition: str = Field(description="a name of [partitions]", examples=['"gpu"'])
     partitions: dict[str, Partition] = Field(min_length=1)
     hardware: dict[str, Hardware] = Field(min_length=1)
+    qos: dict[str, Qos] = Field(default_factory=dict)
     slurm: Slurm = Field({}, validate_default=True)
     network: Network = Field({}, validate_default=True)
     storage: Storage = Field({}, validate_default=True)

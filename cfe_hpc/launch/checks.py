@@ -135,7 +135,7 @@ def _remote_tier(loaded: Loaded, plan: Plan) -> Found:
 
 def _short_grace(loaded: Loaded, plan: Plan) -> Found:
     grace = plan.preemption.grace
-    if plan.preemption.mode != "off" and grace < plan.signal_lead_s:
+    if plan.preemption.ends_attempts and grace < plan.signal_lead_s:
         what = f"preemption leaves less time to save than the {plan.signal_lead_s} s that the site thinks are needed"
         key = f"site.partitions.{plan.partition}.preemption.grace"
         remedy = "save often, or choose another partition"

@@ -9,7 +9,7 @@ from typing import Any
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
-from cfe_hpc.config.site import Partition, Site
+from cfe_hpc.config.site import Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.units import format_duration, format_size
 
@@ -39,12 +39,15 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan
     cpus = job.resources.cpus_per_device or max(1, hardware.cores_per_node // hardware.devices_per_node)
     # Slurm takes whole minutes for granted and delivers the signal up to a minute early; it is never late.
     lead_s = math.ceil(site.slurm.signal_lead)
-    time_s = next(
-        (t for t in (job.resources.time, partition.default_time, partition.time_limit) if t is not None), None
-    )
+    qos_name = job.resources.qos or partition.qos
+    qos = site.qos.get(qos_name or "", Qos())
+    times = (job.resources.time, partition.default_time, partition.time_limit, qos.time_limit)
+    time_s = next((t for t in times if t is not None), None)
     problems = [
         *_node_problems(job, site, name, devices, cpus, report),
-        *_time_problems(name, partition, time_s, lead_s, report),
+        *_time_problems(f"partition {name}", partition.time_limit, time_s, report),
+        *_time_problems(f"QOS {qos_name}", qos.time_limit, time_s, report),
+        *_lead_problems(time_s, lead_s, report),
         *_launch_problems(job, report),
     ]
     if problems:
@@ -61,11 +64,11 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan
         time_s=time_s,
         gres=None if hardware.gres is None else hardware.gres.replace("{devices}", str(devices)),
         account=job.resources.account or partition.account,
-        qos=job.resources.qos or partition.qos,
+        qos=qos_name,
         constraint=job.resources.constraint,
         signal=site.slurm.signal,
         signal_lead_s=lead_s,
-        preemption=partition.preemption,
+        preemption=qos.preemption or partition.preemption,
         options=list(partition.options),
     )
 
@@ -117,18 +120,18 @@ def _node_problems(job: Job, site: Site, name: str, devices: int, cpus: int, rep
         yield report("job.resources.memory", what, "ask for less", format_size(wanted.memory))
 
 
-def _time_problems(
-    name: str, partition: Partition, time_s: float | None, lead_s: int, report: Report
-) -> Iterator[Problem]:
-    if time_s is None:
-        return
-    shown = format_duration(time_s)
-    if partition.time_limit is not None and time_s > partition.time_limit:
-        what = f"longer than the {format_duration(partition.time_limit)} of partition {name}"
-        yield report("job.resources.time", what, "ask for less: the run goes on in further attempts", shown)
-    if time_s <= lead_s:
+def _time_problems(whose: str, time_limit: float | None, time_s: float | None, report: Report) -> Iterator[Problem]:
+    if time_limit is not None and time_s is not None and time_s > time_limit:
+        what = f"longer than the {format_duration(time_limit)} of {whose}"
+        remedy = "ask for less: the run goes on in further attempts"
+        yield report("job.resources.time", what, remedy, format_duration(time_s))
+
+
+def _lead_problems(time_s: float | None, lead_s: int, report: Report) -> Iterator[Problem]:
+    if time_s is not None and time_s <= lead_s:
         what = f"too short: slurm.signal_lead has the signal sent {format_duration(lead_s)} before its end"
-        yield report("job.resources.time", what, f"ask for more than {format_duration(lead_s)}", shown)
+        remedy = f"ask for more than {format_duration(lead_s)}"
+        yield report("job.resources.time", what, remedy, format_duration(time_s))
 
 
 def _launch_problems(job: Job, report: Report) -> Iterator[Problem]:

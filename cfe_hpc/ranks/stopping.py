@@ -95,7 +95,7 @@ class Inquiry:
 def _limits_s(spec: RunSpec) -> dict[Cause, float]:
     """From the signal to the kill, for each reason that this attempt may be stopped for."""
     limits_s: dict[Cause, float] = {}
-    if spec.plan.preemption.mode != "off" or spec.site.scheduler == "local":
+    if spec.plan.preemption.ends_attempts or spec.site.scheduler == "local":
         limits_s["preempted"] = spec.plan.preemption.grace or spec.site.slurm.kill_wait
     if spec.plan.time_s is not None:
         limits_s["time_limit"] = spec.plan.signal_lead_s
