@@ -6,6 +6,8 @@
     ├── SchedulerError      3  the scheduler is unreachable or refused
     ├── ImpossibleError     4  well formed, planned, and can never run
     ├── RunFailed           1  a run, a check or a drill failed
+    ├── NodeUnfit           1  a node cannot do its part: a device, a disk, its clock or the network
+    ├── NonFinite           1  a loss or a gradient is NaN or infinite
     ├── DataError           1  a token file is missing, damaged or of another layout
     └── CheckpointError     1  a checkpoint could not be written or read
         ├── CorruptCheckpoint  a checkpoint is torn, altered, or a shard of it is missing
@@ -31,6 +33,8 @@ __all__ = [
     "DataError",
     "DiskFull",
     "ImpossibleError",
+    "NodeUnfit",
+    "NonFinite",
     "Problem",
     "RunFailed",
     "SchedulerError",
@@ -114,6 +118,14 @@ class SchedulerError(CfeError):
 
 class RunFailed(CfeError):
     """A run, a check or a drill ended badly."""
+
+
+class NodeUnfit(CfeError):
+    """A node cannot do its part of a run; the message names it and says what it lacks."""
+
+
+class NonFinite(CfeError):
+    """A loss or a gradient is NaN or infinite; the message names the value and the step."""
 
 
 class DataError(CfeError):
