@@ -18,7 +18,7 @@ from cfe_hpc.checkpoints.io.aio import Queue
 from cfe_hpc.checkpoints.io.hugepages import HugePages
 from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, collapse, page_buffer, shared_pages
 from cfe_hpc.checkpoints.io.shard import write_data
-from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Arena, Staged
+from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Arena, Staged, copy_threads
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
 from cfe_hpc.errors import CheckpointError
 
@@ -159,3 +159,15 @@ def test_shared_memory_is_unmapped_when_nobody_looks_at_it() -> None:
     os.close(fd)
     with pytest.raises(OSError):
         shared_pages(fd, HUGE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("mine", "of_node", "ranks_here", "threads"),
+    [(2, 2, 1, 2), (2, 2, 2, 1), (2, 2, 4, 1), (64, 64, 4, 4), (8, 64, 8, 4), (1, 64, 8, 1), (3, 64, 8, 3)],
+)
+def test_ranks_share_the_cores_that_none_has_for_itself(
+    mine: int, of_node: int, ranks_here: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(mine)))
+    monkeypatch.setattr(os, "cpu_count", lambda: of_node)
+    assert copy_threads(ranks_here) == threads

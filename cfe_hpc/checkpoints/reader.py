@@ -145,6 +145,8 @@ class Opened:
     def flush(self, *, alike: bool = False) -> None:
         """See ReadInto.flush: for all readers of this checkpoint together."""
         chunks, self._batch = self._batch.chunks(), Batch()
+        if not chunks:
+            return
         board = None if self._neighbours is None else self._neighbours.board
         if board is not None:
             read_shared({self._first_chunks[chunk.shard.rank] + chunk.index: chunk for chunk in chunks}, board)

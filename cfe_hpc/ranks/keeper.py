@@ -339,6 +339,7 @@ class Keeper:
             tier=self._tiering.node,
             degraded=self._degraded,
             copies=self._place.device.copies(),
+            ranks_here=self._place.facts.local_world_size,
         )
         self._background = background
         if self._policy.overlap and "torch" in sys.modules:

@@ -68,6 +68,7 @@ class Background:
         on_nodes: the newest step of this attempt that is complete on the nodes.
         degraded: called on every rank with a word and a line when saves go on, but not as asked for.
         copies: what copies from this rank's device while it computes; None to wait for every such copy at `begin`.
+        ranks_here: on this node, this one included.
     """
 
     root: Path
@@ -82,6 +83,7 @@ class Background:
     tier: NodeTier | None = None
     degraded: Callable[[str, str], None] = _nobody
     copies: HostCopies | None = None
+    ranks_here: int = 1
     drain: Drain | None = field(default=None, init=False)
     on_nodes: int | None = field(default=None, init=False)
     _crew: Crew = field(init=False)
@@ -90,6 +92,7 @@ class Background:
     _preparation: Preparation = field(init=False)
     _hand: Hand = field(default_factory=lambda: Hand("checkpoint-copy"), init=False)
     _copiers: ThreadPoolExecutor = field(init=False)
+    _num_copiers: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._crew = Crew(self.group, self.address, tier=self.tier)
@@ -99,7 +102,8 @@ class Background:
             self.drain = Drain(self.root, self.tier, self.policy, self.protect, self.attempt, drainers)
         node = 0 if self.tier is None else self.tier.node
         self._preparation = Preparation(self.group, self._crew, self.drain, node=node, limit_bytes=self.limit_bytes)
-        self._copiers = ThreadPoolExecutor(copy_threads(), "checkpoint-copy")
+        self._num_copiers = copy_threads(self.ranks_here)
+        self._copiers = ThreadPoolExecutor(self._num_copiers, "checkpoint-copy")
 
     @property
     def in_flight(self) -> int | None:
@@ -130,7 +134,7 @@ class Background:
         """
         self._preparation.prepare(content)
         self._hand.do(lambda: None).wait()
-        deque(self._copiers.map(sleep, [_GIVE_WAY_S] * copy_threads()), maxlen=0)  # its threads start, too
+        deque(self._copiers.map(sleep, [_GIVE_WAY_S] * self._num_copiers), maxlen=0)  # its threads start, too
         gc.collect()  # it takes 0.1 s with torch loaded, and would come while training waits for a save
 
     def is_ready(self, form: object) -> bool:

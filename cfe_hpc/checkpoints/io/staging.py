@@ -155,9 +155,17 @@ def fetch_waiting(tasks: Sequence[tuple[OnDevice, memoryview]]) -> Iterator[int]
         yield count
 
 
-def copy_threads() -> int:
-    """Threads that copy while training waits: the cores that this process may use, within reason."""
-    return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+def copy_threads(ranks_here: int = 1) -> int:
+    """Threads that copy while training waits: the cores that this process may use, within reason.
+
+    Args:
+        ranks_here: on this node, this one included: where none has cores of its own, each takes its share. With more
+            threads than cores one rank's copy ends before another's, and all wait for the last.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():
+        cores //= ranks_here
+    return max(1, min(cores, _MAX_THREADS))
 
 
 class Staged:

@@ -70,6 +70,7 @@ class Beside(Save):
             group=self.place.group,
             policy=Retention(keep_last=1),
             overlap=self._overlap,
+            ranks_here=self.place.size,
         )
         self._made.start()
         self._made.reserve(self._content())

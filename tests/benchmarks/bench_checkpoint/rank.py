@@ -142,6 +142,7 @@ class Rank:
         self._state.clear()
         if self._place.rank == 0:
             files.forget(Path(folder))
+            os.sync()  # as before the bare read: what was deleted before is done with
         self._place.group.barrier()
         began = time.monotonic()
         loader.load(Path(folder))
