@@ -108,6 +108,27 @@ class Cluster:
             _check_gone(end([slurmd, *steps, *below]))
         return f"killed {node}: slurmd, {len(steps)} step daemons, {len(below)} processes of jobs"
 
+    def kill_slurmd(self, node: str) -> str:
+        """SIGKILL the slurmd of a node alone: its step daemons and their processes go on, and nobody can reach them."""
+        with self._lock():
+            self._require_node(node)
+            _check_gone(end([self.daemons[f"slurmd-{node}"]]))
+        return f"killed the slurmd of {node}"
+
+    def pause_controller(self) -> str:
+        """Have slurmctld answer nobody until `resume_controller`."""
+        return self._signal_controller(signal.SIGSTOP, "paused")
+
+    def resume_controller(self) -> str:
+        """Have slurmctld answer again."""
+        return self._signal_controller(signal.SIGCONT, "goes on")
+
+    def _signal_controller(self, number: int, word: str) -> str:
+        with self._lock():
+            self._require_record()
+            self.daemons["slurmctld"].signal(number)
+        return f"slurmctld {word}"
+
     def start_node(self, node: str, *, timeout_s: float) -> str:
         """Start the slurmd of a node that was killed and wait until Slurm calls it usable."""
         with self._lock():
@@ -146,7 +167,7 @@ class Cluster:
         etc = root / "etc"
         self.folder.slurm_conf.write_text(layout.slurm_conf(settings, self.folder, socket.gethostname().split(".")[0]))
         (etc / "gres.conf").write_text(layout.gres_conf(settings, self.folder))
-        (etc / "cgroup.conf").write_text(layout.cgroup_conf(_slurm_version(self._ask(["slurmd", "-V"]))))
+        (etc / "cgroup.conf").write_text(layout.cgroup_conf(settings, _slurm_version(self._ask(["slurmd", "-V"]))))
         (etc / "plugstack.conf").write_text("")
         _write_private(etc / "slurmdbd.conf", layout.slurmdbd_conf(settings, self.folder).encode())
         _write_private(self.folder.munge_key, secrets.token_bytes(128))
@@ -329,9 +350,8 @@ class Cluster:
             raise MinislurmError("Slurm's daemons change users and make device nodes: run this as root")
         missing = [name for name in PROGRAMS if shutil.which(name, path=self.env["PATH"]) is None]
         if missing:
-            raise MinislurmError(
-                f"missing: {' '.join(missing)}; install with: apt-get install --no-install-recommends {PACKAGES}"
-            )
+            install = f"apt-get install --no-install-recommends {PACKAGES}"
+            raise MinislurmError(f"missing: {' '.join(missing)}; install with: {install}")
         if len(str(self.folder.root)) > _MAX_ROOT_LENGTH:
             raise MinislurmError(
                 f"{self.folder.root}: too long for the unix sockets below it (at most {_MAX_ROOT_LENGTH} characters); "

@@ -31,6 +31,8 @@ class Settings:
     nodes: int
     gaudi_nodes: int
     user_signal: bool
+    memory_limits: bool = False
+    cgroups: bool = False
     first_port: int = 0
     password: str = ""
 
@@ -140,6 +142,9 @@ def slurm_conf(settings: Settings, folder: Folder, hostname: str) -> str:
     """The text of slurm.conf."""
     root = folder.root
     parameters = "SlurmctldParameters=preempt_send_user_signal" if settings.user_signal else ""
+    # Every second, or a step that takes too much has ended by itself before it is looked at.
+    memory = "JobAcctGatherParams=OverMemoryKill\nJobAcctGatherFrequency=task=1" if settings.memory_limits else ""
+    track, task = ("proctrack/cgroup", "task/cgroup") if settings.cgroups else ("proctrack/linuxproc", "task/none")
     lines = f"""
 ClusterName=minislurm
 SlurmctldHost={hostname}(127.0.0.1)
@@ -159,9 +164,10 @@ PlugStackConfig={root}/etc/plugstack.conf
 SlurmctldDebug=verbose
 SlurmdDebug=verbose
 {parameters}
+{memory}
 SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+ProctrackType={track}
+TaskPlugin={task}
 JobAcctGatherType=jobacct_gather/linux
 JobCompType=jobcomp/none
 MpiDefault=none
@@ -238,6 +244,8 @@ StorageLoc=slurm
 """
 
 
-def cgroup_conf(version: tuple[int, int]) -> str:
+def cgroup_conf(settings: Settings, version: tuple[int, int]) -> str:
     """The text of cgroup.conf: containers seldom own a cgroup tree. The key is unknown to versions before 23.11."""
+    if settings.cgroups:
+        return "CgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\nConstrainRAMSpace=yes\nConstrainSwapSpace=no\n"
     return "CgroupPlugin=disabled\n" if version >= (23, 11) else "\n"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -177,10 +178,24 @@ class Cluster:
         self._killed.add(node)
         self.run(sys.executable, str(SCRIPT), "kill-node", node)
 
+    def kill_slurmd(self, node: str) -> None:
+        """SIGKILL a node's slurmd alone: what runs there goes on, and Slurm gives the node up all the same."""
+        self._killed.add(node)
+        self.run(sys.executable, str(SCRIPT), "kill-slurmd", node)
+
     def start_node(self, node: str) -> None:
-        """Bring a killed node back."""
+        """Bring a killed node, or its slurmd, back."""
         self.run(sys.executable, str(SCRIPT), "start-node", node, timeout_s=60)
         self._killed.discard(node)
+
+    @contextlib.contextmanager
+    def controller_paused(self) -> Iterator[None]:
+        """Within, slurmctld answers nobody."""
+        self.run(sys.executable, str(SCRIPT), "pause-controller")
+        try:
+            yield
+        finally:
+            self.run(sys.executable, str(SCRIPT), "resume-controller")
 
     # Between tests
 
