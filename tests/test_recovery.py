@@ -278,6 +278,6 @@ def test_kills_from_outside_are_no_error_of_the_jobs_own() -> None:
 def test_errors_of_ranks_whose_node_died_spend_no_failure() -> None:
     lost = attempt(0, resumed=None, saved=10, reason=None, error="RuntimeError: Connection closed by peer")
     crashed = attempt(1, resumed=10, saved=20, reason=None, error="RuntimeError: Connection closed by peer")
-    assert [each.ended_by for each in read_attempts(lost + crashed)] == ["node_failure", "failed"]
+    assert [each.ended_by for each in read_attempts(lost + crashed)] == ["node_failure", "communication"]
     decision = decide(Recovery(failures=1), lost + crashed, cause="failed")
     assert "failure number 1" in decision.why

@@ -19,7 +19,7 @@ from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold, promise_next
-from cfe_hpc.recovery.attempts import Cause
+from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cfe_hpc.config.job import Recovery
-from cfe_hpc.recovery.attempts import Attempt, Cause, read_attempts
+from cfe_hpc.recovery.attempts import Attempt, read_attempts
+from cfe_hpc.recovery.causes import Cause
 
 __all__ = ["FRUITLESS_LIMIT", "Decision", "decide"]
 
