@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import pytest
 from slurm.cluster import Cluster, why_impossible
 
+# Cases of shared clusters stand outside of test files; their asserts are to tell as much.
+pytest.register_assert_rewrite("recovery_cases", "spine")
+
 _SLURM_RESULTS = pytest.StashKey[dict[str, str]]()
 
 

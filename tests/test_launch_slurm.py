@@ -1,4 +1,4 @@
-"""The launch side against the real Slurm: hostile values, refusals, cancel, requeue, successors."""
+"""The launch side against the real Slurm: hostile values, what a run folder holds, refusals, the queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from test_launch_script import HOSTILE
 
 from cfe_hpc.launch.jobs import all_jobs
 from cfe_hpc.launch.queue import queue
-from cfe_hpc.ranks.successor import submit_successor
 from cfe_hpc.runfolder import RunFolder
 
 pytestmark = pytest.mark.slurm
@@ -26,16 +25,6 @@ WRITE_DOWN = """
 import json, os, sys
 with open(os.path.join(os.environ["CFE_RUN_DIR"], "seen"), "wb") as stream:
     stream.write(b"\\0".join([os.environb[b"VALUE"], os.fsencode(sys.argv[1]), os.fsencode(os.getcwd())]))
-"""
-
-# Ends on the first signal, and at once in every attempt but the first.
-UNTIL_TOLD = """
-import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit(0))
-attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-print("up", flush=True)
-time.sleep(0 if attempt else 600)
 """
 
 
@@ -54,11 +43,6 @@ def submit(cluster: Cluster, cwd: Path, *words: str, **job: Any) -> tuple[RunFol
     done = cfe(cluster, "submit", "job.toml", "--site", "minislurm", "--json", *words, cwd=cwd)
     document = json.loads(done.stdout)
     return RunFolder(Path(document["run_dir"])), document["job_id"]
-
-
-def wait_for_event(cluster: Cluster, folder: RunFolder, *names: str) -> dict[str, Any]:
-    found = cluster.wait_for(lambda: events(folder, *names), 60, f"event {names} in {list(folder.events())}")
-    return found[0]
 
 
 def test_hostile_names_paths_variables_and_parameters_arrive_byte_for_byte(cluster: Cluster, tmp_path: Path) -> None:
@@ -131,73 +115,6 @@ def test_an_unreachable_scheduler_is_exit_3(cluster: Cluster, tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
-def test_cancel_ends_waiting_and_running_runs_for_good(cluster: Cluster, tmp_path: Path) -> None:
-    first, first_id = submit(cluster, tmp_path, command=[sys.executable, "-c", UNTIL_TOLD])
-    second, second_id = submit(cluster, tmp_path, "--after", first_id, command=["true"])
-    assert "afterok" in cluster.job(second_id)["Dependency"]
-    wait_for_event(cluster, first, "started")
-    assert json.loads(cfe(cluster, "cancel", second_id, "--json", cwd=tmp_path).stdout)["action"] == "cancelled"
-    assert (second.result() or {})["state"] == "CANCELLED"
-    assert events(second, "cancelled")
-    cfe(cluster, "cancel", str(first.path), cwd=tmp_path)
-    assert cluster.wait_for_end(first_id) == "CANCELLED"
-    cluster.wait_for(first.result, 30, "the ranks write the result")
-    assert (first.result() or {})["state"] == "CANCELLED"
-    assert "ended before: CANCELLED" in cfe(cluster, "cancel", first_id, cwd=tmp_path).stdout
-    refused = cfe(cluster, "requeue", first_id, cwd=tmp_path, status=2).stderr
-    assert "a cancelled run is never requeued" in refused
-    assert cluster.restarts(first_id) == 0
-
-
-def test_requeue_sends_a_running_run_back_to_the_queue(cluster: Cluster, tmp_path: Path) -> None:
-    folder, job_id = submit(cluster, tmp_path, command=[sys.executable, "-c", UNTIL_TOLD])
-    cluster.wait_for(lambda: "up" in _logged(folder), 60, "the command runs")
-    assert json.loads(cfe(cluster, "requeue", job_id, "--json", cwd=tmp_path).stdout)["action"] == "signalled"
-    cluster.wait_for_restart(job_id, 1)
-    cluster.resume(job_id)
-    assert cluster.wait_for_end(job_id) == "COMPLETED"
-    assert [event["reason"] for event in events(folder, "requeued")] == ["requeue_requested"]
-
-
-def test_requeue_goes_on_with_a_failed_run_as_a_new_job(cluster: Cluster, tmp_path: Path) -> None:
-    fails_once = "import os, sys; sys.exit(int(os.environ['CFE_ATTEMPT_BASE'] == '0'))"
-    folder, job_id = submit(cluster, tmp_path, command=[sys.executable, "-c", fails_once])
-    cluster.wait_for(folder.result, 60, "the failure is written")
-    outcome = json.loads(cfe(cluster, "requeue", folder.run_id, "--json", cwd=tmp_path).stdout)
-    assert outcome["action"] == "resubmitted"
-    assert cluster.wait_for_end(outcome["job_id"]) == "COMPLETED"
-    assert [job["job_id"] for job in all_jobs(folder)] == [job_id, outcome["job_id"]]
-    assert (folder.logs / f"{outcome['job_id']}.1.0.out").exists()
-    assert (folder.result() or {})["state"] == "COMPLETED"
-
-
-def test_a_run_that_its_partition_cancels_goes_on_in_a_successor(cluster: Cluster, tmp_path: Path) -> None:
-    resources = {"partition": "spot-cancel", "time": "5m"}
-    folder, job_id = submit(cluster, tmp_path, resources=resources, command=[sys.executable, "-c", UNTIL_TOLD])
-    cluster.wait_for(lambda: "up" in _logged(folder), 60, "the command runs")
-    preemptor = cluster.preempt(job_id)
-    successor = cluster.wait_for(lambda: folder.promised("job-1"), 60, "a successor")["job_id"]
-    cluster.wait_for_end(job_id)
-    cluster.scancel(preemptor)
-    assert cluster.wait_for_end(successor) == "COMPLETED"
-    assert (folder.logs / f"{successor}.1.0.out").read_text() == "up\n"
-    assert (folder.result() or {})["state"] == "COMPLETED"
-
-
-def test_a_successor_inherits_nothing_of_the_step_that_sends_it(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    show = "import os; print(os.environ.get('SBATCH_PARTITION'), os.environ['CFE_ATTEMPT_BASE'], os.environ['RANK'])"
-    folder, job_id = submit(cluster, tmp_path, command=[sys.executable, "-c", show])
-    cluster.wait_for_end(job_id)
-    for name, value in {"SLURM_CONF": cluster.env["SLURM_CONF"], "SBATCH_PARTITION": "none", "RANK": "77",
-                        "SLURM_NTASKS": "9", "CFE_ATTEMPT_BASE": "5"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    successor = submit_successor(folder, job_id=job_id, next_attempt=4)
-    assert cluster.wait_for_end(successor) == "COMPLETED"
-    assert (folder.logs / f"{successor}.4.0.out").read_text() == "None 4 0\n"
-
-
 def test_one_call_tells_the_states_of_many_jobs(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +127,3 @@ def test_one_call_tells_the_states_of_many_jobs(
     assert states[held].reason == "JobHeldUser"
     assert states[runs].nodes == cluster.job(runs)["NodeList"]
     assert queue(["99999999"]) == {}
-
-
-def _logged(folder: RunFolder) -> str:
-    return "".join(path.read_text() for path in folder.logs.glob("*.out"))

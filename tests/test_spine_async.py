@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from slurm.cluster import Cluster
 from spine.harness import SMALL, LiveRun, write_job
+from spine.stage import Stage, assert_counted, rank_pids
 from test_checkpoint_async import children, gone
 from test_spine_local import TOTAL, Submit, submit, supervisor_of, total
 from test_spine_slurm import data
-from test_stops_slurm import Stage, assert_counted, rank_pids
 
 from cfe_hpc.ranks.signals import STOP_SIGNALS
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from slurm.cluster import Cluster
 from spine.harness import LiveRun, site_file
+from spine.stage import STEPS as SLURM_STEPS
+from spine.stage import Stage
 from test_checkpoint_async import children
 from test_spine_local import TOTAL, Submit, submit, supervisor_of, total
-from test_stops_slurm import STEPS as SLURM_STEPS
-from test_stops_slurm import Stage
 
 from cfe_hpc.checkpoints.tiers.places import tiers_of
 

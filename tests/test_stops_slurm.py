@@ -9,100 +9,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from slurm.cluster import SCRIPT, Cluster
-from spine.harness import ROOT, SMALL, LiveRun, cfe, site_file, write_job
+from slurm.cluster import Cluster
+from spine.harness import ROOT, SMALL, site_file
+from spine.stage import STEPS, Stage, assert_counted, ended, rank_pids, reasons
 
 from cfe_hpc.files import read_toml
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 40
-TOTAL = sum(range(STEPS))
 AT_A_TIME = 4
-
-
-class Stage:
-    """A case's own folder on the shared cluster."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        folder.mkdir(exist_ok=True)
-
-    def submit(self, partition: str, *, nodes: int = 1, site: str | None = None, **tables: Any) -> LiveRun:
-        """Submit a job; `counting` unless the tables name another entry or a command."""
-        job: dict[str, Any] = {
-            "name": "stop",
-            "resources": {
-                "nodes": nodes,
-                "devices_per_node": 1,
-                "cpus_per_device": 8,
-                "time": "20m",
-                "partition": partition,
-            },
-            "params": {"steps": STEPS, "pause_s": 0.15, "variant": "a"},
-            **tables,
-        }
-        if "command" not in job:
-            job.setdefault("entry", "entries:counting")
-        path = write_job(self.folder, **job)
-        return LiveRun.submit(path, site or site_file(self.folder), cwd=self.folder, env=self.cluster.env)
-
-    def cfe(self, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = cfe(*words, cwd=self.folder, env=self.cluster.env)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
-
-    def status(self, run: LiveRun) -> dict[str, Any]:
-        (status,) = json.loads(self.cfe("status", run.run_id, "--json").stdout)
-        return dict(status)
-
-    def requeued(self, run: LiveRun, times: int) -> None:
-        """Wait until Slurm has requeued the run so often, and let it start at once."""
-        run.wait(lambda: self.cluster.restarts(run.job_id) == times, 90, f"requeued {times} times")
-        self.cluster.resume(run.job_id)
-
-
-def reasons(run: LiveRun) -> list[Any]:
-    return [event["reason"] for event in run.events("requeued")]
-
-
-def assert_counted(run: LiveRun, *, attempts: int, lost_steps: int = 0) -> None:
-    """The run completed, and its total tells that every step counts once."""
-    result = run.wait_result()
-    told = (result["state"], result["attempts"], result["lost_steps"], result["metrics"]["total"])
-    assert told == ("COMPLETED", attempts, lost_steps, TOTAL), run.diagnosis()
-
-
-def ended(run: LiveRun, state: str, timeout_s: float = 120.0) -> dict[str, Any]:
-    """Wait for a result that says so."""
-
-    def there() -> dict[str, Any] | None:
-        result = run.folder.result()
-        return result if result is not None and result["state"] == state else None
-
-    return run.wait(there, timeout_s, state)
-
-
-def rank_pids(run: LiveRun) -> dict[int, int]:
-    """Process id of each rank on this machine: the process that slurmstepd started, in which all exec'd."""
-    pids = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = dict(pair.partition(b"=")[::2] for pair in (folder / "environ").read_bytes().split(b"\0"))
-        except (OSError, ValueError):
-            continue
-        if b"cfe_hpc.ranks" in words and os.fsencode(run.folder.path) in words:
-            pids[int(environment[b"SLURM_PROCID"])] = int(folder.name)
-    return pids
 
 
 # The cases
@@ -365,21 +286,11 @@ def test_a_stop_waits_for_a_controller_that_gives_no_answer(user_signal_cluster:
     stage = Stage(user_signal_cluster, tmp_path)
     run = stage.submit("gpu")
     run.wait_step(4, attempt=0)
-    controller = controller_pid(stage.cluster)
-    os.kill(controller, signal.SIGSTOP)
-    try:
+    with stage.cluster.controller_paused():
         os.kill(rank_pids(run)[0], signal.SIGTERM)
         run.wait(lambda: "asking again" in run.log(), 60, "left without an answer")
         assert run.folder.promised("requeued-0") is None
         assert run.events("checkpoint_saved")[-1]["step"] == run.step()
-    finally:
-        os.kill(controller, signal.SIGCONT)
     stage.requeued(run, 1)
     assert_counted(run, attempts=2)
     assert reasons(run) == ["requeue_requested"]
-
-
-def controller_pid(cluster: Cluster) -> int:
-    shown = cluster.run(sys.executable, str(SCRIPT), "--dir", str(cluster.root), "status")
-    (line,) = [line for line in shown.splitlines() if line.startswith("slurmctld ")]
-    return int(line.split()[1])

@@ -37,7 +37,8 @@ def cfe(*words: str, cwd: Path, env: Mapping[str, str], timeout_s: float = 120.0
 
 def write_job(folder: Path, **tables: Any) -> Path:
     """job.toml in `folder`, with the tests' entries beside it so that ranks find them."""
-    shutil.copy(HERE / "entries.py", folder / "entries.py")
+    for entries in HERE.glob("entries*.py"):
+        shutil.copy(entries, folder / entries.name)
     path = folder / "job.toml"
     path.write_text(tomli_w.dumps({key: table for key, table in tables.items() if table is not None}), encoding="utf-8")
     return path
@@ -83,10 +84,18 @@ class LiveRun:
 
     @classmethod
     def submit(
-        cls, job: Path, site: str, *, cwd: Path, env: Mapping[str, str], sets: tuple[str, ...] = (), pace_s: float = 0
+        cls,
+        job: Path,
+        site: str,
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        sets: tuple[str, ...] = (),
+        words: tuple[str, ...] = (),
+        pace_s: float = 0,
     ) -> LiveRun:
-        """`submit --json`; fails with what it said when it does not end with 0."""
-        words = [word for value in sets for word in ("--set", value)]
+        """`submit --json`, with further words; fails with what it said when it does not end with 0."""
+        words += tuple(word for value in sets for word in ("--set", value))
         done = cfe("submit", str(job), "--site", site, *words, "--json", cwd=cwd, env=env)
         assert done.returncode == 0, done.stderr
         run = cls(json.loads(done.stdout), cwd, env)
