@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cfe_hpc.config.job import Recovery
 from cfe_hpc.recovery.attempts import read_attempts
-from cfe_hpc.recovery.budgets import FRUITLESS_LIMIT, decide
+from cfe_hpc.recovery.budgets import FRUITLESS_LIMIT, INTERRUPTED_LIMIT, decide
 from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.runfolder import RunFolder
 
@@ -77,7 +77,7 @@ def test_budgets_are_separate() -> None:
     assert decide(recovery, events, cause="time_limit").action == "hold"
 
 
-def test_three_attempts_without_a_step_hold_and_two_do_not() -> None:
+def test_three_interrupted_start_ups_hold_and_two_do_not() -> None:
     stuck = advancing(2, "preempted")
     for number in (2, 3):
         stuck += attempt(number, resumed=20, saved=20, reason="preempted")
@@ -87,7 +87,7 @@ def test_three_attempts_without_a_step_hold_and_two_do_not() -> None:
     decision = decide(Recovery(), three, cause="time_limit")
     assert decision.action == "hold"
     assert decision.why == "3 attempts in a row ended without a step gained, at step 20 (the last one by time limit)"
-    assert FRUITLESS_LIMIT == 3
+    assert (FRUITLESS_LIMIT, INTERRUPTED_LIMIT) == (2, 3)
 
 
 def test_start_ups_that_never_came_to_a_step_count_as_fruitless() -> None:

@@ -56,6 +56,7 @@ class Attempt:
         killed: it died by a signal from outside, which says nothing about the job itself.
         requeued: another attempt was asked for or promised.
         undone: roll-backs.
+        bad_hosts: nodes that an error of this attempt names as failed or unfit.
     """
 
     number: int
@@ -79,6 +80,7 @@ class Attempt:
     killed: bool = False
     requeued: bool = False
     undone: int = 0
+    bad_hosts: tuple[str, ...] = ()
 
     @property
     def gained(self) -> bool:
@@ -200,6 +202,8 @@ def _take_failure(attempt: Attempt, event: dict[str, Any]) -> None:
     reason = str(event.get("reason", ""))
     cause = _CAUSES.get(str(event.get("cause"))) or of_text(reason)
     attempt.killed = attempt.killed or event.get("detail") == KILLED
+    if cause in _OF_NODES and isinstance(event.get("host"), str):
+        attempt.bad_hosts = (*attempt.bad_hosts, event["host"])
     if attempt.cause is None or (row(attempt.cause).symptom and not row(cause).symptom):
         if attempt.ended_by == attempt.cause:
             attempt.ended_by = cause
