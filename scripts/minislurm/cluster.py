@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minislurm import layout
+from minislurm import cgroups, layout
 from minislurm.errors import MinislurmError
 from minislurm.layout import Folder, Settings
 from minislurm.processes import Process, descendants, end, holders_of, spawn, wait_until
@@ -40,11 +40,8 @@ class Cluster:
         self.folder = Folder(root.absolute())
         self.settings = Settings(nodes=0, gaudi_nodes=0, user_signal=False)
         self.daemons: dict[str, Process] = {}
-        self.env = {
-            "PATH": os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin",
-            "SLURM_CONF": str(self.folder.slurm_conf),
-            "LC_ALL": "C.UTF-8",
-        }
+        path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
+        self.env = {"PATH": path, "SLURM_CONF": str(self.folder.slurm_conf), "LC_ALL": "C.UTF-8"}
 
     # What scripts/slurm calls
 
@@ -62,9 +59,7 @@ class Cluster:
                 self.daemons[name].alive() for name in self.daemons if not name.startswith("slurmd-")
             ):
                 if replace(self.settings, first_port=0, password="") != wanted:
-                    raise MinislurmError(
-                        f"{self.folder.root}: a cluster of another shape is up here; take it down first"
-                    )
+                    raise MinislurmError(f"{self.folder.root}: a cluster of another shape is up; take it down first")
                 for node in self.settings.node_names:
                     self._start_node(node)
             else:
@@ -147,6 +142,8 @@ class Cluster:
         )
         self._save()
         try:
+            if wanted.cgroups:
+                cgroups.take(self.folder.root)
             self._write_files()
             self._start_munged()
             self._start_mariadb(deadline)
@@ -298,6 +295,8 @@ class Cluster:
         if not self.folder.record.exists() and any(self.folder.root.iterdir()):
             raise MinislurmError(f"{self.folder.root}: not a cluster's folder and not empty; name another with --dir")
         self._end_all()
+        if self.settings.cgroups:
+            cgroups.give_back(self.folder.root, self.settings.node_names)
         self.daemons = {}
         # The record goes last: a cluster that is half removed can still be recognised and removed.
         for entry in sorted(self.folder.root.iterdir(), key=lambda path: path == self.folder.record):
