@@ -11,6 +11,7 @@ from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
+from cfe_hpc.recovery.lead import Measured, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["LAUNCHERS", "plan"]
@@ -21,11 +22,12 @@ LAUNCHERS = ("srun",)
 Report = Callable[..., Problem]
 
 
-def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan:
+def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, measured: Measured | None = None) -> Plan:
     """What `job` takes of `site`. The same inputs give the same plan.
 
     Args:
         origins: `Loaded.origins`, so that errors name the file to change; "job" and "site" are named without.
+        measured: what an earlier run of the job has measured there; it may have the signal sent earlier.
 
     Raises:
         ConfigError: the job names a partition that the site does not have.
@@ -38,7 +40,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan
     devices = job.resources.devices_per_node or (1 if hardware.accelerator == "cpu" else hardware.devices_per_node)
     cpus = job.resources.cpus_per_device or max(1, hardware.cores_per_node // hardware.devices_per_node)
     # Slurm takes whole minutes for granted and delivers the signal up to a minute early; it is never late.
-    lead_s = math.ceil(site.slurm.signal_lead)
+    stated_lead_s = math.ceil(site.slurm.signal_lead)
     qos_name = job.resources.qos or partition.qos
     qos = site.qos.get(qos_name or "", Qos())
     times = (job.resources.time, partition.default_time, partition.time_limit, qos.time_limit)
@@ -47,7 +49,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan
         *_node_problems(job, site, name, devices, cpus, report),
         *_time_problems(f"partition {name}", partition.time_limit, time_s, report),
         *_time_problems(f"QOS {qos_name}", qos.time_limit, time_s, report),
-        *_lead_problems(time_s, lead_s, report),
+        *_lead_problems(time_s, stated_lead_s, report),
         *_launch_problems(job, report),
     ]
     if problems:
@@ -67,10 +69,18 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None) -> Plan
         qos=qos_name,
         constraint=job.resources.constraint,
         signal=site.slurm.signal,
-        signal_lead_s=lead_s,
+        signal_lead_s=_lead_s(stated_lead_s, time_s, measured),
         preemption=qos.preemption or partition.preemption,
         options=list(partition.options),
     )
+
+
+def _lead_s(stated_s: int, time_s: float | None, measured: Measured | None) -> int:
+    """The site's lead, or what has been measured where that is longer; half of the time at most for it, since an
+    attempt that is told to stop from its beginning gets nowhere."""
+    if measured is None:
+        return stated_s
+    return max(stated_s, int(min(signal_lead_s(measured), math.inf if time_s is None else time_s / 2)))
 
 
 def _reporter(origins: Mapping[str, str]) -> Report:

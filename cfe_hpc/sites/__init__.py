@@ -1,1 +1,1 @@
-"""What a live cluster says of itself."""
+"""What a live cluster says of itself, as a profile, and against one."""

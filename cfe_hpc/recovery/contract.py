@@ -1,0 +1,80 @@
+"""The preemption contract: what a site does to a job that it wants out of the way, and what cfe_hpc does about it.
+
+On Slurm before 24.05 a job that exits within its grace time is lost; from 24.05 on it is requeued, and held after a
+few times. So an attempt never exits for it: it asks for the requeue itself, or stays until the kill.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from cfe_hpc.config.run import Plan
+from cfe_hpc.config.site import Site
+from cfe_hpc.recovery.lead import Measured, need_s
+from cfe_hpc.units import format_duration
+
+__all__ = ["exit_in_grace", "fits", "sentence"]
+
+_REQUEUED_SINCE = (24, 5)
+_BATCH_REQUEUES = 5
+"""Exits that Slurm takes for a requeue before it holds a job, where the site does not say (MaxBatchRequeue)."""
+
+
+def exit_in_grace(version: str | None) -> Literal["lost", "requeued", "unknown"]:
+    """What becomes of a job that exits within its grace time.
+
+    Args:
+        version: Slurm's, as a profile states it.
+    """
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    if match is None:
+        return "unknown"
+    return "requeued" if (int(match[1]), int(match[2])) >= _REQUEUED_SINCE else "lost"
+
+
+def fits(plan: Plan, measured: Measured | None) -> bool | None:
+    """Whether a step and a save fit the grace of a preemption; None where no attempt is ended by one, or nothing has
+    been measured."""
+    if measured is None or not plan.preemption.ends_attempts:
+        return None
+    return need_s(measured) <= plan.preemption.grace
+
+
+def sentence(plan: Plan, site: Site, measured: Measured | None) -> str:
+    """One line for people: the signal, the seconds, what the site does then, and what cfe_hpc does."""
+    preemption = plan.preemption
+    if preemption.mode == "off":
+        return "none in this partition"
+    if preemption.mode == "suspend":
+        return "suspend: Slurm stops the ranks and lets them go on later; nothing has to be saved"
+    name = plan.signal if preemption.user_signal else "TERM"
+    if preemption.grace == 0:
+        told = f"{preemption.mode}: {name} and the kill at once, nothing can be saved; "
+    else:
+        told = f"{preemption.mode}: {name}, {format_duration(preemption.grace)} to save; "
+    if site.scheduler == "local":
+        then = "all ranks save, the next attempt follows"
+    elif preemption.mode == "cancel":
+        then = "Slurm cancels the job, a successor goes on in the same run folder"
+    else:
+        then = f"{_exit(site)}, so all ranks save and the run requeues itself"
+    return told + then + _room(plan, measured)
+
+
+def _exit(site: Site) -> str:
+    fate = exit_in_grace(site.slurm.version)
+    if fate == "lost":
+        return f"Slurm {site.slurm.version} forgets a job that exits then"
+    if fate == "requeued":
+        times = _BATCH_REQUEUES if site.slurm.max_batch_requeue is None else site.slurm.max_batch_requeue
+        return f"Slurm {site.slurm.version} requeues a job that exits then, and holds it after {times} times"
+    return "Slurm may forget a job that exits then (slurm.version is not set)"
+
+
+def _room(plan: Plan, measured: Measured | None) -> str:
+    fit = fits(plan, measured)
+    if measured is None or fit is None:
+        return "; how long a save takes is not known yet"
+    verdict = "fits" if fit else "does not fit"
+    return f"; measured: save {measured.save_p95_s:.2g} s + step {measured.step_p95_s:.2g} s (p95): {verdict}"
