@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print them."""
-    from cfe_hpc.reports.rank_logs import Follower, rank_logs
+    from cfe_hpc.recovery.logfiles import rank_logs
+    from cfe_hpc.reports.rank_logs import Follower
 
     folder = common.find_run(args)
     if args.first_error:
@@ -64,7 +65,7 @@ def _print_news(follower: Follower, *, marked: bool, whole: bool) -> None:
 
 def _nothing(folder: RunFolder, args: argparse.Namespace) -> str:
     """Why there is nothing to show, and where to look instead."""
-    from cfe_hpc.reports.rank_logs import rank_logs
+    from cfe_hpc.recovery.logfiles import rank_logs
 
     there = rank_logs(folder)
     if there:
@@ -77,7 +78,8 @@ def _nothing(folder: RunFolder, args: argparse.Namespace) -> str:
 
 
 def _first_error(folder: RunFolder, args: argparse.Namespace) -> int:
-    from cfe_hpc.reports.rank_logs import first_failure, last_lines, rank_logs
+    from cfe_hpc.recovery.logfiles import last_lines, rank_logs
+    from cfe_hpc.reports.rank_logs import first_failure
 
     failure = first_failure(folder, attempt=args.attempt)
     if failure is None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cfe_hpc.recovery.causes import CAUSES, Cause, of_text, row
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["KILLED", "Attempt", "Leg", "attempts_of", "epoch_s", "read_attempts"]
+__all__ = ["KILLED", "Attempt", "Leg", "attempts_of", "cause_of", "epoch_s", "read_attempts"]
 
 KILLED = "killed"
 """`detail` of a `failed` event whose reason is a signal from outside, no error of the job's own."""
@@ -98,6 +98,11 @@ def epoch_s(stamp: Any) -> float | None:
 
 def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def cause_of(failed: dict[str, Any]) -> Cause:
+    """The cause that a `failed` event gives, or that its words tell where it gives none."""
+    return _CAUSES.get(str(failed.get("cause"))) or of_text(str(failed.get("reason", "")))
 
 
 def attempts_of(folder: RunFolder) -> list[Attempt]:
@@ -199,12 +204,11 @@ def _take_start(attempt: Attempt, event: dict[str, Any], said_s: float | None) -
 
 def _take_failure(attempt: Attempt, event: dict[str, Any]) -> None:
     """The first error stands, unless it is one that another rank's may have brought about."""
-    reason = str(event.get("reason", ""))
-    cause = _CAUSES.get(str(event.get("cause"))) or of_text(reason)
+    cause = cause_of(event)
     attempt.killed = attempt.killed or event.get("detail") == KILLED
     if cause in _OF_NODES and isinstance(event.get("host"), str):
         attempt.bad_hosts = (*attempt.bad_hosts, event["host"])
     if attempt.cause is None or (row(attempt.cause).symptom and not row(cause).symptom):
         if attempt.ended_by == attempt.cause:
             attempt.ended_by = cause
-        attempt.cause, attempt.error = cause, reason
+        attempt.cause, attempt.error = cause, str(event.get("reason", ""))

@@ -43,8 +43,9 @@ def carry_out(folder: RunFolder, effects: Iterable[Effect], *, attempt: int) -> 
 def adjustments(events: Iterable[dict[str, Any]]) -> Adjustments:
     """What a run's events ask of whoever trains on.
 
-    `degraded` with reason micro_batch_halved divides by the `divisor` of its detail once more; `rolled_back` has in its detail the `lr_scale` that
-    holds from then on and the `samples` [first, end] that are left out. A hold takes back none of it.
+    `degraded` with reason micro_batch_halved divides by the `divisor` of its detail once more; `rolled_back` has in
+    its detail the `lr_scale` that holds from then on and the `samples` [first, end] that are left out. A hold takes
+    back none of it.
     """
     divisor, lr_scale = 1, 1.0
     skipped: list[tuple[int, int]] = []

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from cfe_hpc.recovery.evidence import first_word
+from cfe_hpc.recovery.logfiles import RankLog, line_text, rank_logs
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Follower", "RankLog", "first_failure", "last_lines", "rank_logs"]
+__all__ = ["Follower", "first_failure"]
 
-_NAME = re.compile(r"^(?P<job>.+)\.(?P<attempt>\d+)\.(?P<rank>\d+)\.(?P<stream>out|err)$")
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class RankLog:
-    """One file of one rank's one attempt; sorts by attempt, rank, then out before err."""
-
-    attempt: int
-    rank: int
-    stream: Literal["out", "err"]
-    path: Path
-
-    @property
-    def label(self) -> str:
-        """`0.12` for attempt 0, rank 12; `0.12!` for its standard error."""
-        return f"{self.attempt}.{self.rank}{'!' if self.stream == 'err' else ''}"
-
-
-def rank_logs(folder: RunFolder, *, rank: int | None = None, attempt: int | None = None) -> list[RankLog]:
-    """The ranks' log files there are now, oldest attempt first; those of one rank or one attempt when given."""
-    found = []
-    for path in folder.logs.glob("*.*.*.*"):
-        match = _NAME.match(path.name)
-        if match is None:
-            continue
-        stream: Literal["out", "err"] = "err" if match["stream"] == "err" else "out"
-        log = RankLog(int(match["attempt"]), int(match["rank"]), stream, path)
-        if rank in (None, log.rank) and attempt in (None, log.attempt):
-            found.append(log)
-    return sorted(found, key=lambda log: (log.attempt, log.rank, log.stream == "err", log.path))
 
 
 class Follower:
@@ -64,7 +34,7 @@ class Follower:
                 yield log, line
             rest = self._partial.pop(log.path, b"") if whole else b""
             if rest:
-                yield log, _text(rest)
+                yield log, line_text(rest)
 
     def _lines(self, path: Path) -> Iterator[str]:
         with open(path, "rb") as stream:
@@ -74,29 +44,13 @@ class Follower:
                 *lines, rest = (self._partial.pop(path, b"") + chunk).split(b"\n")
                 if rest:
                     self._partial[path] = rest
-                yield from map(_text, lines)
-
-
-def _text(line: bytes) -> str:
-    """A line for a terminal: a progress bar's carriage returns leave its last state only."""
-    return line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", errors="replace")
+                yield from map(line_text, lines)
 
 
 def first_failure(folder: RunFolder, *, attempt: int | None = None) -> dict[str, Any] | None:
-    """The first `failed` event of the newest attempt that has one, or of the given attempt; None when there is none.
-
-    Ranks whose peer has died report errors of their own a moment later: the first event is the cause.
-    """
-    failures: dict[int, dict[str, Any]] = {}
-    for event in folder.events():
-        number = event.get("attempt")
-        if event.get("event") == "failed" and isinstance(number, int) and attempt in (None, number):
-            failures.setdefault(number, event)
-    return failures[max(failures)] if failures else None
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file; only its end is read."""
-    with open(path, "rb") as stream:
-        stream.seek(max(0, stream.seek(0, 2) - _CHUNK_BYTES))
-        return [_text(line) for line in stream.read().splitlines()[-count:]]
+    """The `failed` event that tells why the newest attempt that has one failed, or the given attempt; None when there
+    is none. Errors that may be the echo of another rank's come last."""
+    events = list(folder.events())
+    failed = [event["attempt"] for event in events if event["event"] == "failed" and isinstance(event["attempt"], int)]
+    number = max(failed, default=None) if attempt is None else attempt
+    return None if number is None else first_word(events, attempt=number)

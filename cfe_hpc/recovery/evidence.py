@@ -1,0 +1,330 @@
+"""Why an attempt failed, put together from what its ranks said, what Slurm and the kernel printed, and how it ended.
+
+Ranks whose peer is gone report errors of their own, often before anybody says a word of the first one: "connection
+closed by peer" on all ranks but one is the echo of the one that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from cfe_hpc.process import CommandError, run
+from cfe_hpc.recovery.attempts import KILLED, cause_of, epoch_s
+from cfe_hpc.recovery.causes import Cause, of_text, row
+from cfe_hpc.recovery.logfiles import last_lines, rank_logs
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["Fault", "batch_err_bytes", "find", "first_word", "oom_kills", "slurm_end"]
+
+_SACCT_TIMEOUT_S = 10.0
+_LINES = 200
+_LAST_LINES = 50
+_MAX_LINE = 300
+
+# How srun tells of a task that ended badly: its node, its ranks, and how.
+_TASK = re.compile(
+    r"^srun: error: (?P<host>[^\s:]+): tasks? (?P<first>\d+)[\d,-]*: (?P<how>Exited with exit code \d+|[A-Z].*)$"
+)
+_NODE = re.compile(r"^srun: error: Node failure on (?P<host>[^\s,\[]+)")
+# A program that says nothing of its error but its status: its log may say more.
+_STATUS = re.compile(r"^exit status \d+$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Why an attempt failed.
+
+    Attributes:
+        why: the first error's own words, or a sentence of evidence.
+        rank, host: where it began; None when nobody knows, or it is of no single one.
+        time_s: epoch seconds by the clock of the preflight's first node; None when nobody said.
+        log: path of the log that shows it, within the run folder; None when there is none.
+        line: the line of that log that says why.
+    """
+
+    cause: Cause
+    why: str
+    rank: int | None = None
+    host: str | None = None
+    time_s: float | None = None
+    log: str | None = None
+    line: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """A `failed` event."""
+
+    cause: Cause
+    event: dict[str, Any]
+    time_s: float
+    killed: bool
+
+
+def find(
+    folder: RunFolder,
+    *,
+    attempt: int,
+    restart: int = 0,
+    status: int | None = None,
+    oom_kills: int = 0,
+    slurm_state: str | None = None,
+) -> Fault:
+    """Why an attempt failed, as far as anything tells.
+
+    In this order: an error whose cause is known; word of a lack of memory, or of a dead node, from Slurm or the
+    kernel; an error of the job's own; a rank that died without a word; an error that may be the echo of another
+    one; the exit status.
+
+    Args:
+        restart: looks only at what came after this restart inside the allocation.
+        status: the ranks' exit status, where there is one; minus the signal for a death by a signal.
+        oom_kills: processes that the kernel has killed in the attempt's memory cgroup.
+        slurm_state: the job's or the step's state, as sacct tells it.
+    """
+    failures = [_refined(folder, each) for each in _failures(folder.events(), attempt, restart)]
+    batch = _batch_lines(folder, attempt)
+    first = next((each for each in failures if not row(each.cause).symptom), None)
+    if first is not None and first.cause != "failed":
+        return _told(folder, attempt, first)
+    silent = _silent(batch, failures)
+    fault = _out_of_memory(batch, first, silent, oom_kills=oom_kills, slurm_state=slurm_state) or _dead_node(batch)
+    if fault is not None:
+        return fault
+    if first is not None:
+        return _told(folder, attempt, first)
+    if silent is not None:
+        return _with_line(folder, attempt, silent)
+    if failures:
+        return _told(folder, attempt, failures[0])
+    return _by_status(folder, attempt, status)
+
+
+def first_word(events: Iterable[dict[str, Any]], *, attempt: int) -> dict[str, Any] | None:
+    """The `failed` event of an attempt that tells why it failed; None when it has none."""
+    failures = _failures(events, attempt, 0)
+    first = next((each for each in failures if not row(each.cause).symptom), next(iter(failures), None))
+    return None if first is None else first.event
+
+
+def oom_kills(pid: int | Literal["self"] = "self") -> int | None:
+    """Processes that the kernel has killed for want of memory in the memory cgroup of a process, or in the whole of
+    its Slurm job where the kernel counts them there; None when there is no such count."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found: list[int] = []
+    for line in lines:
+        _, controllers, inside = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.events"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+        else:
+            continue
+        folder = Path(f"{root}/{inside}")
+        jobs = [parent for parent in folder.parents if parent.name.startswith("job_")]
+        found += [count for each in (folder, *jobs) if (count := _count(each / name)) is not None]
+    return max(found, default=None)
+
+
+def _count(path: Path) -> int | None:
+    try:
+        words = path.read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else None
+
+
+def slurm_end(job_id: str) -> tuple[str, float | None] | None:
+    """(state, epoch seconds of the end) of the newest attempt of a job that has ended, as sacct tells; None where
+    sacct is missing, gives no answer, or knows of none."""
+    argv = ["sacct", "-D", "-X", "-n", "-P", "-j", job_id, "-o", "State,End"]
+    try:
+        shown = run(argv, timeout_s=_SACCT_TIMEOUT_S).stdout
+    except CommandError:
+        return None
+    ended: list[tuple[str, float | None]] = []
+    for line in shown.splitlines():
+        state, _, stamp = line.partition("|")
+        with contextlib.suppress(ValueError):  # "Unknown" while it runs
+            ended.append((state.split()[0], datetime.fromisoformat(stamp.strip()).timestamp()))
+    return ended[-1] if ended else None
+
+
+def batch_err_bytes(folder: RunFolder, job_id: str) -> int:
+    """How much the log of a job's batch script holds so far: what comes then is of the next attempt."""
+    try:
+        return (folder.logs / f"{job_id}.batch.err").stat().st_size
+    except OSError:
+        return 0
+
+
+def _failures(events: Iterable[dict[str, Any]], attempt: int, restart: int) -> list[_Failure]:
+    """The attempt's `failed` events, by the time at which they happened, clocks set right as its preflight found."""
+    events = [event for event in events if event.get("attempt") == attempt]
+    if restart:
+        begins = [index for index, event in enumerate(events) if _detail(event).get("restart") == restart]
+        events = events[begins[0] :] if begins else events
+    skew_s = _skews(events)
+    found = []
+    for event in events:
+        if event.get("event") == "failed":
+            time_s = (epoch_s(event.get("time")) or 0.0) - skew_s.get(str(event.get("host")), 0.0)
+            killed = event.get("detail") == KILLED
+            found.append(_Failure(cause=cause_of(event), event=event, time_s=time_s, killed=killed))
+    return sorted(found, key=lambda each: each.time_s)
+
+
+def _detail(event: dict[str, Any]) -> dict[str, Any]:
+    detail = event.get("detail")
+    return detail if isinstance(detail, dict) else {}
+
+
+def _skews(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    skews: dict[str, float] = {}
+    for event in events:
+        preflight = _detail(event).get("preflight")
+        nodes = preflight.get("nodes") if isinstance(preflight, dict) else None
+        for node in nodes if isinstance(nodes, list) else []:
+            if isinstance(node, dict) and isinstance(node.get("skew_s"), (int, float)):
+                skews[str(node.get("host"))] = float(node["skew_s"])
+    return skews
+
+
+def _refined(folder: RunFolder, failure: _Failure) -> _Failure:
+    """The failure, its cause read from its rank's log where the event gives no more than an exit status."""
+    reason, rank = str(failure.event.get("reason", "")), failure.event.get("rank")
+    if failure.cause != "failed" or "cause" in failure.event or rank is None or not _STATUS.match(reason):
+        return failure
+    for _, line in _rank_lines(folder, int(failure.event["attempt"]), rank, _LAST_LINES):
+        cause = of_text(line)
+        if cause != "failed":
+            return _Failure(cause=cause, event=failure.event, time_s=failure.time_s, killed=failure.killed)
+    return failure
+
+
+def _rank_lines(folder: RunFolder, attempt: int, rank: int, count: int) -> list[tuple[Path, str]]:
+    """The last lines that are not blank of a rank's standard error, the newest first."""
+    found: list[tuple[Path, str]] = []
+    for log in rank_logs(folder, rank=rank, attempt=attempt):
+        if log.stream == "err":
+            with contextlib.suppress(OSError):
+                found += [(log.path, line) for line in last_lines(log.path, count) if line.strip()]
+    return found[::-1]
+
+
+def _batch_lines(folder: RunFolder, attempt: int) -> list[tuple[Path, str]]:
+    """What the batch script's log has of this attempt, oldest line first: srun's and slurmstepd's words."""
+    jobs = {str(job) for log in rank_logs(folder, attempt=attempt) for job in [log.path.name.rsplit(".", 3)[0]]}
+    found: list[tuple[Path, str]] = []
+    for job_id in sorted(jobs):
+        path = folder.logs / f"{job_id}.batch.err"
+        before = (folder.promised(f"ended-{number}") for number in range(attempt - 1, -1, -1))
+        ended = next((facts for facts in before if facts is not None and facts.get("job_id") == job_id), {})
+        with contextlib.suppress(OSError):
+            lines = last_lines(path, _LINES, start=int(ended.get("batch_err_bytes", 0)))
+            found += [(path, line) for line in lines if line.strip()]
+    return found
+
+
+def _silent(batch: list[tuple[Path, str]], failures: list[_Failure]) -> Fault | None:
+    """The rank that died first, when it said nothing: those that srun ends because of it come later."""
+    for _, line in batch:
+        match = _TASK.match(line)
+        if match is None:
+            continue
+        rank = int(match["first"])
+        if any(each.event.get("rank") == rank for each in failures):
+            return None
+        how = match["how"][0].lower() + match["how"][1:]
+        return Fault(cause=of_text(line), why=f"rank {rank}: {how}", rank=rank, host=match["host"])
+    return None
+
+
+def _out_of_memory(
+    batch: list[tuple[Path, str]],
+    first: _Failure | None,
+    silent: Fault | None,
+    *,
+    oom_kills: int,
+    slurm_state: str | None,
+) -> Fault | None:
+    path, line = next(((path, line) for path, line in batch if of_text(line) == "oom_host"), (None, None))
+    killed = first is None or first.killed
+    if line is None and slurm_state != "OUT_OF_MEMORY" and not (oom_kills and killed):
+        return None
+    event = first.event if first is not None else {}
+    rank = silent.rank if silent is not None else event.get("rank")
+    host = silent.host if silent is not None else event.get("host")
+    who = "the job" if rank is None else f"rank {rank}"
+    said = line or (
+        f"sacct says {slurm_state}" if slurm_state else f"the kernel has killed {oom_kills} of its processes"
+    )
+    return Fault(
+        cause="oom_host",
+        why=f"{who} was out of memory: {said[:_MAX_LINE]}",
+        rank=rank,
+        host=host,
+        log=None if path is None else f"logs/{path.name}",
+        line=None if line is None else line[:_MAX_LINE],
+    )
+
+
+def _dead_node(batch: list[tuple[Path, str]]) -> Fault | None:
+    for path, line in batch:
+        match = _NODE.match(line)
+        if match is not None:
+            why, log = f"node {match['host']} failed: {line}", f"logs/{path.name}"
+            return Fault(cause="node_failure", why=why[:_MAX_LINE], host=match["host"], log=log, line=line[:_MAX_LINE])
+    return None
+
+
+def _told(folder: RunFolder, attempt: int, failure: _Failure) -> Fault:
+    event = failure.event
+    fault = Fault(
+        cause=failure.cause,
+        why=str(event.get("reason", "no reason given")),
+        rank=event.get("rank"),
+        host=event.get("host"),
+        time_s=failure.time_s,
+    )
+    return _with_line(folder, attempt, fault)
+
+
+def _with_line(folder: RunFolder, attempt: int, fault: Fault) -> Fault:
+    """The fault with the line of its rank's log that says why."""
+    lines = [] if fault.rank is None else _rank_lines(folder, attempt, fault.rank, _LINES)
+    if not lines:
+        return fault
+    ways: tuple[Callable[[str], bool], ...] = (
+        lambda line: fault.why in line,
+        lambda line: fault.cause != "failed" and of_text(line) == fault.cause,
+        lambda line: of_text(line) != "failed",
+        lambda line: True,
+    )
+    path, line = next(found for fits in ways for found in lines if fits(found[1]))
+    return Fault(
+        cause=fault.cause,
+        why=fault.why,
+        rank=fault.rank,
+        host=fault.host,
+        time_s=fault.time_s,
+        log=f"logs/{path.name}",
+        line=line.strip()[:_MAX_LINE],
+    )
+
+
+def _by_status(folder: RunFolder, attempt: int, status: int | None) -> Fault:
+    how = f"with status {status}" if status else "without a result"
+    cause: Cause = "configuration" if status in (126, 127) else "failed"
+    ranks = {log.rank for log in rank_logs(folder, attempt=attempt)}
+    fault = Fault(cause=cause, why=f"the ranks ended {how}", rank=0 if ranks == {0} else None)
+    return _with_line(folder, attempt, fault)
