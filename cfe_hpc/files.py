@@ -176,17 +176,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_ndjson(path: Path) -> Iterator[dict[str, Any]]:
+def read_ndjson(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
     """The objects of an ndjson file, oldest first; lines that do not parse (torn ones) are skipped, a missing
-    file is empty."""
+    file is empty.
+
+    Args:
+        last_bytes: read no more than so much of its end; all of it when None.
+    """
     try:
-        stream = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by the with below)
+        stream = open(path, "rb")  # noqa: SIM115 (closed by the with below)
     except FileNotFoundError:
         return
     with stream:
+        if last_bytes is not None:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - last_bytes))
         for line in stream:
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8", errors="replace"))
             except ValueError:
                 continue
             if isinstance(record, dict):

@@ -14,47 +14,49 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.files import append_ndjson
 from cfe_hpc.metrics.exporter import Exporter, NullExporter
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.phases import PhaseClock, process_age_s
 from cfe_hpc.ranks.stopping import hold
-from cfe_hpc.recovery import ledger
+from cfe_hpc.ranks.timer import StopTimer, allocated_s
+from cfe_hpc.recovery import fencing, lead, ledger
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
 
-_BEAT_KEYS = ("time", "attempt", "step")
+_LOOK_FOR_SUCCESSOR_S = 5.0
 
-
-def process_age_s() -> float:
-    """Seconds since this process was started, imports and an exec of a program in its place included."""
-    with (
-        open("/proc/self/stat", encoding="ascii", errors="replace") as stat,
-        open("/proc/uptime", encoding="ascii") as up,
-    ):
-        # The name in brackets may hold spaces and brackets itself; starttime is the 20th field after it.
-        started_ticks = int(stat.read().rpartition(")")[2].split()[19])
-        return float(up.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+_BEAT_KEYS = ("time", "attempt", "step", "spent")
 
 
 class Journal:
     """Events and heartbeats of one attempt, as rank 0 sees it.
 
     Attributes:
+        clock: where this rank's time goes; on every rank, for its phases are entered alike. Rank 0's is written down.
+        save_every_s: seconds after which rank 0 wants a save, whatever the schedule says: the grace of a preemption is
+            too short for one. None as long as it is not.
         finished: result.json says COMPLETED.
     """
 
     def __init__(self, folder: RunFolder, spec: RunSpec, facts: RankFacts, exporter: Exporter) -> None:
         self._folder, self._facts, self._exporter = folder, facts, exporter
+        self._plan, self._adapts = spec.plan, spec.job.recovery.adapt_saves
         self._every_steps = spec.job.metrics.every_steps
         self._speaks = facts.rank == 0
         self._pending: dict[str, Any] = {}
         self._since_save: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._tokens = 0.0
-        self._seconds = 0.0
         self._steps = 0
-        self._began_s = time.monotonic()
+        self._spent: dict[str, float] = {}
         self._lost_lines = 0
+        self._seen = lead.Observations()
+        self._timer = StopTimer(facts, spec.plan)
+        self._grace_told = False
+        self._looked_s = 0.0
+        self.clock = PhaseClock()
+        self.save_every_s: float | None = None
         self.finished = False
 
     def event(self, event: Event, **fields: Any) -> None:
@@ -62,23 +64,75 @@ class Journal:
         if self._speaks:
             self._write(lambda: self._folder.append_event(event, attempt=self._facts.attempt, **fields))
 
-    def _write(self, line: Callable[[], None]) -> None:
-        """A line that cannot be written, for want of room or of the disk, is lost: it is not worth the run."""
+    def saved(self, step: int, *, seconds: float, blocked_seconds: float, name: str) -> None:
+        """Tell of a checkpoint that is committed, and learn from it how long a stop takes (rank 0 only).
+
+        Args:
+            seconds: from the save's beginning until it was committed.
+            blocked_seconds: of these, how long training waited.
+        """
+        if not self._speaks:
+            return
+        took = {"seconds": round(seconds, 3), "blocked_seconds": round(blocked_seconds, 3)}
+        self.event("checkpoint_saved", step=step, **took, detail=name)
+        self._seen.save(seconds, blocked_seconds)
+        self._learn()
+
+    def out_of_time(self) -> bool:
+        """Whether a stop for the time limit must begin now, though no signal has come; True once (rank 0 only)."""
+        return self._speaks and self._timer.due()
+
+    def _learn(self) -> None:
+        """Act on how long a stop takes by now."""
+        measured = self._seen.measured()
+        if measured is None:
+            return
+        need_s, grace_s = lead.need_s(measured), self._plan.preemption.grace
+        self._timer.need(need_s)
+        if not self._plan.preemption.ends_attempts or need_s <= grace_s:
+            return
+        if not self._grace_told:
+            self._grace_told = True
+            detail = f"a step and a save take {need_s:.1f} s (p95), a preemption leaves {grace_s:g} s"
+            logger.warning("grace_too_short: %s", detail)
+            self.event("degraded", reason="grace_too_short", detail=detail)
+        if self._adapts:
+            self._save_every(lead.save_interval_s(measured))
+
+    def _save_every(self, seconds: float) -> None:
+        told_s, self.save_every_s = self.save_every_s, seconds
+        if told_s is None:
+            self.event("degraded", reason="saves_more_often", detail={"every_s": round(seconds, 1)})
+
+    def _write(self, line: Callable[[], None]) -> bool:
+        """A line that cannot be written, for want of room or of the disk, is lost: it is not worth the run.
+
+        Returns:
+            Whether it is written.
+        """
         try:
             line()
         except OSError as error:
             if not self._lost_lines:
                 logger.warning("events and heartbeats are lost: %s: %s", self._folder.path, error.strerror)
             self._lost_lines += 1
-            return
+            return False
         if self._lost_lines:
             logger.warning("%d events and heartbeats were lost", self._lost_lines)
             self._lost_lines = 0
+        return True
 
-    def started(self, total: int) -> None:
-        """Note that this attempt's ranks are up. What an earlier attempt wrote of an end is no longer true."""
+    def started(self, total: int, *, preflight: Mapping[str, Any] | None = None) -> None:
+        """Note that this attempt's ranks are up. What an earlier attempt wrote of an end is no longer true.
+
+        Args:
+            preflight: what the test of the nodes has found, for the event.
+        """
         if self._speaks:
             self._folder.reopen()
+            fencing.begin(self._folder, self._facts.attempt)
+            self._seen = lead.observe(self._folder)
+            self._learn()
         if not isinstance(self._exporter, NullExporter):
             self._publish_books(total)
         self.event(
@@ -90,8 +144,11 @@ class Journal:
                 "hosts": list(self._facts.hosts),
                 "total_steps": total,
                 "startup_seconds": round(process_age_s(), 3),
+                "allocated_s": allocated_s(),
+                "preflight": preflight,
             },
         )
+        self.clock.enter("restore")
 
     def _publish_books(self, total: int) -> None:
         """Export what earlier attempts came to. It reads their heartbeats whole: only for an exporter that listens."""
@@ -108,8 +165,8 @@ class Journal:
         self._tokens += float(values.get("tokens", 0))
 
     def step_begins(self) -> None:
-        """Start the step's clock: after a restore or a save, whose time is not the step's."""
-        self._began_s = time.monotonic()
+        """Be at the steps from now on: after a restore, or a stop that came to nothing."""
+        self.clock.enter("step")
 
     def step_ends(self, done: int) -> None:
         """Close a step's books; at a logged step write the heartbeat and hand the values to the exporter.
@@ -117,28 +174,47 @@ class Journal:
         Args:
             done: steps done so far, this one included.
         """
-        now_s = time.monotonic()
-        self._seconds += now_s - self._began_s
-        self._began_s = now_s
         self._steps += 1
         if done % self._every_steps == 0:
             self.flush(done)
 
     def flush(self, done: int) -> None:
-        """Write the heartbeat of the steps since the last one; at a logged step, and when the attempt ends."""
+        """Write the heartbeat of the steps since the last one; at a logged step, before a roll-back, and when the
+        attempt ends."""
         if not self._speaks or not self._steps:
             return
+        self._leave_to_successor()
+        for phase, seconds in self.clock.take().items():
+            self._spent[phase] = self._spent.get(phase, 0.0) + seconds
+            if phase not in ("startup", "restore"):
+                self._seen.trained_s += seconds
         values = {name: float(value) for name, value in self._pending.items() if name != "tokens"}
-        values["step_seconds"] = self._seconds / self._steps
+        in_steps_s, waiting_s = self._spent.get("step", 0.0), self._spent.get("data", 0.0)
+        values["step_seconds"] = in_steps_s / self._steps
         if self._tokens:
-            values["tokens_per_second"] = self._tokens / max(self._seconds, 1e-9)
-        rounded = {name: float(f"{value:.9g}") for name, value in values.items()}
-        record = {"time": utc_now(), "attempt": self._facts.attempt, "step": done, **rounded}
-        self._write(lambda: append_ndjson(self._folder.heartbeat_path, record))
+            values["tokens_per_second"] = self._tokens / max(in_steps_s + waiting_s, 1e-9)
         self._exporter.publish(values, step=done)
         self._last.update(values)
         self._since_save.update(values)
-        self._pending, self._tokens, self._seconds, self._steps = {}, 0.0, 0.0, 0
+        self._seen.steps_s.append(values["step_seconds"])
+        record = {"time": utc_now(), "attempt": self._facts.attempt, "step": done}
+        record |= {name: float(f"{value:.9g}") for name, value in values.items()}
+        record["spent"] = {phase: round(seconds, 6) for phase, seconds in self._spent.items()}
+        if self._write(lambda: append_ndjson(self._folder.heartbeat_path, record)):
+            # What could not be written is in the next line: no second is lost from the books.
+            self._tokens, self._steps, self._spent = 0.0, 0, {}
+        self._pending = {}
+
+    def _leave_to_successor(self) -> None:
+        """End this process where a later attempt has begun: Slurm has given this one up, and its node did not hear."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_FOR_SUCCESSOR_S:
+            return
+        self._looked_s = now_s
+        newest = fencing.superseded(self._folder, self._facts.attempt)
+        if newest is not None:
+            logger.error("attempt %d has begun: attempt %d ends here", newest, self._facts.attempt)
+            os._exit(1)
 
     def last_values(self) -> dict[str, float]:
         """The newest value of everything logged in this attempt; the run's last heartbeat when it trained no step."""
