@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Plan
     from cfe_hpc.launch.checks import Finding
+    from cfe_hpc.recovery.lead import Measured
 
 __all__ = ["configure", "plan_rows", "run"]
 
@@ -18,8 +19,8 @@ __all__ = ["configure", "plan_rows", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "Read a job for a site, plan it, and check it. Exit codes: 0 good (warnings included), 1 a check found an "
-        "error, 2 job or site is wrong, 4 the job could never run there."
+        "Read a job for a site, plan it, and check it; say what a preemption does to it there. Exit codes: 0 good "
+        "(warnings included), 1 a check found an error, 2 job or site is wrong, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
     common.add_json_argument(parser)
@@ -28,13 +29,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print plan and findings."""
     from cfe_hpc.launch.checks import check, cost_of_attempt
-    from cfe_hpc.launch.plan import plan
+    from cfe_hpc.launch.history import plan_with_history
+    from cfe_hpc.recovery.contract import sentence
 
     loaded = common.load_job(args)
-    planned = plan(loaded.job, loaded.site, loaded.origins)
-    findings = check(loaded, planned)
+    planned, measured = plan_with_history(loaded)
+    findings = check(loaded, planned, measured=measured)
     cost = cost_of_attempt(loaded, planned)
     if args.json:
+        from dataclasses import asdict
+
         common.print_json(
             {
                 "job": loaded.job.name,
@@ -42,24 +46,26 @@ def run(args: argparse.Namespace) -> int:
                 "site": loaded.site.name,
                 "site_file": loaded.site_file,
                 "plan": planned.model_dump(mode="json"),
+                "preemption": sentence(planned, loaded.site, measured),
+                "measured": None if measured is None else asdict(measured),
                 "cost": cost,
                 "findings": [finding.as_json() for finding in findings],
             }
         )
     else:
-        _print(loaded, planned, cost, findings)
+        _print(loaded, planned, measured, cost, findings)
     return 1 if any(finding.severity == "error" for finding in findings) else 0
 
 
-def plan_rows(loaded: Loaded, planned: Plan) -> list[tuple[str, str]]:
+def plan_rows(loaded: Loaded, planned: Plan, measured: Measured | None) -> list[tuple[str, str]]:
     """The plan for people: (word, what it says)."""
     import shlex
 
     from cfe_hpc.config.template import fill_in
+    from cfe_hpc.recovery.contract import sentence
     from cfe_hpc.units import format_duration, format_size
 
     command = shlex.join(fill_in(word, loaded.job.params) for word in loaded.job.command or ())
-    preemption = planned.preemption
     time = "no limit" if planned.time_s is None else f"{format_duration(planned.time_s)} for one attempt"
     lead = "" if planned.time_s is None else f"; {planned.signal} {planned.signal_lead_s} s before its end"
     nodes = "1 node" if planned.nodes == 1 else f"{planned.nodes} nodes"
@@ -75,15 +81,14 @@ def plan_rows(loaded: Loaded, planned: Plan) -> list[tuple[str, str]]:
             "the site's default" if planned.memory_bytes is None else f"{format_size(planned.memory_bytes)} a node",
         ),
         ("time", time + lead),
-        (
-            "preemption",
-            preemption.mode if preemption.mode == "off" else f"{preemption.mode}, {preemption.grace:g} s to save",
-        ),
+        ("preemption", sentence(planned, loaded.site, measured)),
     ]
 
 
-def _print(loaded: Loaded, planned: Plan, cost: float | None, findings: list[Finding]) -> None:
-    rows = plan_rows(loaded, planned)
+def _print(
+    loaded: Loaded, planned: Plan, measured: Measured | None, cost: float | None, findings: list[Finding]
+) -> None:
+    rows = plan_rows(loaded, planned, measured)
     if cost is not None:
         rows.append(("cost", f"{cost:.2f} for one full attempt"))
     for word, text in rows:

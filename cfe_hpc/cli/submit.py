@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.run import Plan
     from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.launch.submission import Submitted
+    from cfe_hpc.recovery.lead import Measured
 
 __all__ = ["configure", "run"]
 
@@ -50,15 +51,19 @@ def _run(args: argparse.Namespace) -> int:
     from cfe_hpc.launch.provenance import WorkTree
 
     work_tree = WorkTree(Path.cwd())
-    from cfe_hpc.launch.plan import plan
+    from cfe_hpc.launch.history import plan_with_history
 
     loaded = common.load_job(args)
-    planned = plan(loaded.job, loaded.site, loaded.origins)
-    _heed_checks(loaded, planned)
+    planned, measured = plan_with_history(loaded)
+    _heed_checks(loaded, planned, measured)
     if args.dry_run:
-        return _show(args, loaded, planned, work_tree)
+        return _show(args, loaded, planned, measured, work_tree)
 
     from cfe_hpc.launch.submission import submit
+    from cfe_hpc.recovery.contract import sentence
+
+    if planned.preemption.mode != "off":
+        print(f"preemption: {sentence(planned, loaded.site, measured)}", file=sys.stderr)
 
     after = None if args.after is None else common.find_run(args, args.after)
     submitted = submit(loaded, planned, work_tree, after=after)
@@ -70,11 +75,11 @@ def _run(args: argparse.Namespace) -> int:
     return _wait(submitted) if args.wait else 0
 
 
-def _heed_checks(loaded: Loaded, planned: Plan) -> None:
+def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> None:
     """Refuse a job that is sure to fail; say on standard error what else is worth knowing."""
     from cfe_hpc.launch.checks import check
 
-    findings = check(loaded, planned, notes=False)
+    findings = check(loaded, planned, measured=measured, notes=False)
     errors = [finding.problem for finding in findings if finding.severity == "error"]
     if errors:
         raise ImpossibleError(errors)
@@ -95,7 +100,9 @@ def _document(loaded: Loaded, planned: Plan, run_id: str, run_dir: Path, job_id:
     }
 
 
-def _show(args: argparse.Namespace, loaded: Loaded, planned: Plan, work_tree: WorkTree) -> int:
+def _show(
+    args: argparse.Namespace, loaded: Loaded, planned: Plan, measured: Measured | None, work_tree: WorkTree
+) -> int:
     from cfe_hpc.launch.submission import preview
 
     spec, folder, script = preview(loaded, planned, work_tree)
@@ -106,7 +113,7 @@ def _show(args: argparse.Namespace, loaded: Loaded, planned: Plan, work_tree: Wo
         return 0
     from cfe_hpc.cli.check import plan_rows
 
-    for word, text in [*plan_rows(loaded, planned), ("run folder", str(folder.path))]:
+    for word, text in [*plan_rows(loaded, planned, measured), ("run folder", str(folder.path))]:
         print(f"{word:<12}{text}".replace("\n", "\\n"))
     print(f"\n{script}", end="")
     return 0

@@ -18,6 +18,8 @@ from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import Problem
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.recovery.contract import fits
+from cfe_hpc.recovery.lead import Measured, need_s
 from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["CHECKS", "Finding", "check", "cost_of_attempt"]
@@ -49,10 +51,11 @@ class Finding:
 Found = Iterator[tuple[Severity, Problem]]
 
 
-def check(loaded: Loaded, plan: Plan, *, notes: bool = True) -> list[Finding]:
+def check(loaded: Loaded, plan: Plan, *, measured: Measured | None = None, notes: bool = True) -> list[Finding]:
     """Run the checks, on this machine and without a scheduler; the worst findings first.
 
     Args:
+        measured: what an earlier run of the job has measured in this partition.
         notes: run those too that never find more than a note.
 
     Raises:
@@ -67,7 +70,7 @@ def check(loaded: Loaded, plan: Plan, *, notes: bool = True) -> list[Finding]:
         Finding(id=name, severity=severity, problem=problem)
         for name, look in CHECKS.items()
         if notes or name not in _NOTES
-        for severity, problem in look(loaded, plan)
+        for severity, problem in look(loaded, plan, measured)
     ]
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))
 
@@ -88,7 +91,7 @@ def _problem(loaded: Loaded, key: str, what: str, remedy: str, value: Any = None
     return Problem(file=_file(loaded, key), key=key.partition(".")[2], what=what, value=value, remedy=remedy)
 
 
-def _no_checkpoints(loaded: Loaded, plan: Plan) -> Found:
+def _no_checkpoints(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     checkpoint = loaded.job.checkpoint
     if loaded.job.entry is not None and checkpoint.every_steps is None and checkpoint.every is None:
         what, remedy = (
@@ -98,14 +101,14 @@ def _no_checkpoints(loaded: Loaded, plan: Plan) -> Found:
         yield "warning", _problem(loaded, "job.checkpoint.every", what, remedy)
 
 
-def _kept_seldom(loaded: Loaded, plan: Plan) -> Found:
+def _kept_seldom(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     keep, every = loaded.job.checkpoint.keep_every_steps, loaded.job.checkpoint.every_steps
     if keep is not None and every is not None and keep % every:
         what = f"checkpoints come every {every} steps, so that only every {math.lcm(keep, every)}th step is kept"
         yield "warning", _problem(loaded, "job.checkpoint.keep_every_steps", what, f"use a multiple of {every}", keep)
 
 
-def _staging_unused(loaded: Loaded, plan: Plan) -> Found:
+def _staging_unused(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     checkpoint = loaded.job.checkpoint
     if checkpoint.staging_memory is not None and not checkpoint.async_:
         what, remedy = "bounds what asynchronous checkpoints take, and these are not", "set async = true"
@@ -113,43 +116,79 @@ def _staging_unused(loaded: Loaded, plan: Plan) -> Found:
         yield "note", _problem(loaded, "job.checkpoint.staging_memory", what, remedy, value)
 
 
-def _overlap_unused(loaded: Loaded, plan: Plan) -> Found:
+def _overlap_unused(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if loaded.job.checkpoint.overlap and not loaded.job.checkpoint.async_:
         what, remedy = "makes asynchronous checkpoints wait less, and these are not", "set async = true"
         yield "note", _problem(loaded, "job.checkpoint.overlap", what, remedy, True)
 
 
-def _local_tier(loaded: Loaded, plan: Plan) -> Found:
+def _local_tier(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if loaded.job.checkpoint.local and loaded.site.storage.node_local is None:
         what = "checkpoint.local writes to a folder of each node, and the site names none"
         remedy = "set it in the site profile, or take checkpoint.local out"
         yield "error", _problem(loaded, "site.storage.node_local", what, remedy)
 
 
-def _remote_tier(loaded: Loaded, plan: Plan) -> Found:
+def _remote_tier(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     url = loaded.job.checkpoint.remote
     if url is not None and loaded.site.environment.python is None and find_spec("fsspec") is None:
         what, remedy = "fsspec is not installed: no checkpoint would go there", "pip install cfe-hpc[remote]"
         yield "error", _problem(loaded, "job.checkpoint.remote", what, remedy, url)
 
 
-def _short_grace(loaded: Loaded, plan: Plan) -> Found:
-    grace = plan.preemption.grace
-    if plan.preemption.ends_attempts and grace < plan.signal_lead_s:
+def _short_grace(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
+    grace, fit = plan.preemption.grace, fits(plan, measured)
+    if fit or not plan.preemption.ends_attempts or (measured is None and grace >= plan.signal_lead_s):
+        return
+    if measured is None:
         what = f"preemption leaves less time to save than the {plan.signal_lead_s} s that the site thinks are needed"
-        key = f"site.partitions.{plan.partition}.preemption.grace"
         remedy = "save often, or choose another partition"
-        yield "warning", _problem(loaded, key, what, remedy, format_duration(grace))
+    else:
+        what = f"a step and a save took {need_s(measured):.3g} s in an earlier run: preemption comes sooner"
+        remedy = "saves come more often by themselves; or set checkpoint.every"
+        if not loaded.job.recovery.adapt_saves:
+            remedy = "set checkpoint.every, or recovery.adapt_saves = true"
+    key = f"site.partitions.{plan.partition}.preemption.grace"
+    yield "warning", _problem(loaded, key, what, remedy, format_duration(grace))
 
 
-def _preemption_cancels(loaded: Loaded, plan: Plan) -> Found:
+def _preemption_contract(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
+    slurm = loaded.site.slurm
+    unknown = [key for key in ("version", "proctrack") if getattr(slurm, key) is None]
+    if loaded.site.scheduler == "slurm" and plan.preemption.ends_attempts and unknown:
+        what = f"what Slurm does to a preempted job here is not fully known: {' and '.join(unknown)} not set"
+        remedy = f"`cfe-hpc sites check {loaded.site.name}` on a login node tells"
+        yield "note", _problem(loaded, f"site.slurm.{unknown[0]}", what, remedy)
+
+
+def _no_requeue(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
+    if loaded.site.slurm.job_requeue is False:
+        what = "this cluster requeues only jobs that ask for it, as all of cfe_hpc's do"
+        remedy = "nothing to do; where the site takes that back, a new job goes on in the same run folder"
+        yield "note", _problem(loaded, "site.slurm.job_requeue", what, remedy, False)
+
+
+def _elastic_batch(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
+    if plan.nodes_min is None or loaded.job.entry != TRAIN_ENTRY:
+        return
+    config = import_module("cfe_hpc.train.config")
+    params = config.read_params(loaded.job.params, file=loaded.job_file, origins=loaded.origins)
+    unfit = [n for n in range(plan.nodes_min, plan.nodes) if params.global_batch % (n * plan.devices_per_node)]
+    if unfit:
+        nodes = ", ".join(map(str, unfit))
+        what = f"cannot be shared out evenly among the ranks of {nodes} node{'s' if unfit != [1] else ''}"
+        remedy = f"use a multiple of all of them times {plan.devices_per_node}, or raise launch.nodes_min"
+        yield "error", _problem(loaded, "job.params.global_batch", what, remedy, params.global_batch)
+
+
+def _preemption_cancels(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if plan.preemption.mode == "cancel":
         key = f"site.partitions.{plan.partition}.preemption.mode"
         what = "a preempted job is cancelled: the run goes on as a new job in the same run folder"
         yield "note", _problem(loaded, key, what, "nothing to do: the job id changes, the run id stays", "cancel")
 
 
-def _signal_at_start(loaded: Loaded, plan: Plan) -> Found:
+def _signal_at_start(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if plan.time_s is not None and loaded.site.scheduler == "slurm":
         useful_s = plan.time_s - plan.signal_lead_s - SIGNAL_JITTER_S
         if useful_s <= 0:
@@ -158,20 +197,20 @@ def _signal_at_start(loaded: Loaded, plan: Plan) -> Found:
             yield "warning", _problem(loaded, "job.resources.time", what, remedy, format_duration(plan.time_s))
 
 
-def _no_time_limit(loaded: Loaded, plan: Plan) -> Found:
+def _no_time_limit(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if plan.time_s is None and loaded.site.scheduler == "slurm":
         what = "no time limit is known, so the scheduler's own default ends each attempt unannounced to the plan"
         yield "note", _problem(loaded, "job.resources.time", what, 'set time, e.g. time = "4h"')
 
 
-def _data_missing(loaded: Loaded, plan: Plan) -> Found:
+def _data_missing(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     data = loaded.job.params.get("data", "stdlib")
     if loaded.job.entry == TRAIN_ENTRY and data != "stdlib" and not Path(data).expanduser().is_file():
         remedy = "build it with `cfe-hpc data build`, or check the path"
         yield "error", _problem(loaded, "job.params.data", "no such token file", remedy, data)
 
 
-def _runs_root(loaded: Loaded, plan: Plan) -> Found:
+def _runs_root(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     key = "site.storage.runs_root"
     root = expand_runs_root(loaded.site, os.environ, file=_file(loaded, key))
     standing = next(folder for folder in (root, *root.parents) if folder.exists())
@@ -183,7 +222,7 @@ def _runs_root(loaded: Loaded, plan: Plan) -> Found:
         yield "warning", _problem(loaded, key, what, remedy, str(root))
 
 
-def _program_missing(loaded: Loaded, plan: Plan) -> Found:
+def _program_missing(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     job, environment = loaded.job, loaded.site.environment
     if job.entry is not None and environment.python is None:
         top = job.entry.split(":")[0].split(".")[0]
@@ -198,13 +237,13 @@ def _program_missing(loaded: Loaded, plan: Plan) -> Found:
             yield "warning", _problem(loaded, "job.command", what, remedy, program)
 
 
-def _not_yet(loaded: Loaded, plan: Plan) -> Found:
+def _not_yet(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     if loaded.job.metrics.otlp_endpoint is not None:
         what, remedy = "this version does not export OpenTelemetry", "use pushgateway or port"
         yield "warning", _problem(loaded, "job.metrics.otlp_endpoint", what, remedy, loaded.job.metrics.otlp_endpoint)
 
 
-def _git_dirty(loaded: Loaded, plan: Plan) -> Found:
+def _git_dirty(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
     try:
         changed = run(["git", "status", "--porcelain", "--untracked-files=no"], timeout_s=5).stdout.splitlines()
     except CommandError:  # no git, or no work tree: nothing to compare with
@@ -215,7 +254,7 @@ def _git_dirty(loaded: Loaded, plan: Plan) -> Found:
         yield "note", Problem(file=str(Path.cwd()), key="", what=what, remedy=remedy)
 
 
-CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
+CHECKS: dict[str, Callable[[Loaded, Plan, Measured | None], Found]] = {
     "data-missing": _data_missing,
     "runs-root": _runs_root,
     "program-missing": _program_missing,
@@ -226,6 +265,9 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
     "local-tier": _local_tier,
     "remote-tier": _remote_tier,
     "short-grace": _short_grace,
+    "preemption-contract": _preemption_contract,
+    "no-requeue": _no_requeue,
+    "elastic-batch": _elastic_batch,
     "signal-at-start": _signal_at_start,
     "no-time-limit": _no_time_limit,
     "preemption-cancels": _preemption_cancels,
@@ -234,4 +276,4 @@ CHECKS: dict[str, Callable[[Loaded, Plan], Found]] = {
 }
 """Every check by its id. One is added by a function and a row."""
 
-_NOTES = frozenset({"no-time-limit", "preemption-cancels", "git-dirty"})
+_NOTES = frozenset({"no-time-limit", "preemption-cancels", "preemption-contract", "no-requeue", "git-dirty"})

@@ -206,7 +206,7 @@ def _records(shown: str) -> Iterator[dict[str, str]]:
     for line in shown.splitlines():
         words = [word.split("=", 1) for word in line.split() if "=" in word]
         if words:
-            yield dict(reversed(words))  # type: ignore[arg-type]
+            yield dict(reversed(words))
 
 
 def _config_duration_s(text: str) -> float | None:
