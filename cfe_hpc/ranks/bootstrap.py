@@ -12,7 +12,8 @@ from cfe_hpc import log
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.devices.base import Device
-from cfe_hpc.devices.resolve import resolve
+from cfe_hpc.devices.resolve import DEVICES, resolve
+from cfe_hpc.errors import ImpossibleError
 from cfe_hpc.ranks import control
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.rendezvous import Meeting, meet
@@ -24,12 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where this rank stands: its facts, its device (with the reason for it), and the group of all ranks."""
+    """Where this rank stands: its facts, its device, and the group of all ranks.
+
+    Attributes:
+        device_error: why the device is not to be used; ranks.preflight tells the other ranks, and raises it.
+    """
 
     facts: RankFacts
     meeting: Meeting
     device: Device
     group: Group
+    device_error: Exception | None = None
 
 
 def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[str, str]:
@@ -53,6 +59,9 @@ def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[
 def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str] | None = None) -> Place:
     """Meet the other ranks, choose the device, set the environment. Collective: every rank calls it once.
 
+    A device that is not there does not keep this rank from the others: they would wait for it. It is left to
+    ranks.preflight.
+
     Side effects: changes the environment (os.environ unless given) and configures this package's log. Loads torch
     only for a run of several ranks.
     """
@@ -60,9 +69,13 @@ def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str]
     log.configure(rank=facts.rank)
     meeting = _inherited(env) or meet(facts, token=spec.run_id)
     env.update(rank_environment(facts, meeting, spec))
-    choice = resolve(spec.plan.accelerator)
-    env.update(choice.device.environment(facts))
-    choice.device.activate(facts.local_rank)
+    device, reason, missing = _choose(facts, spec, env)
+    group = control.connect(facts, meeting)
+    if missing is None:
+        try:
+            device.activate(facts.local_rank)
+        except (ImpossibleError, ImportError, RuntimeError) as error:
+            missing = error
     logger.info(
         "rank %d of %d on %s (attempt %d, job %s); device %s: %s",
         facts.rank,
@@ -70,10 +83,24 @@ def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str]
         socket.gethostname(),
         facts.attempt,
         facts.job_id,
-        choice.device.name,
-        choice.reason,
+        device.name,
+        reason,
     )
-    return Place(facts=facts, meeting=meeting, device=choice.device, group=control.connect(facts, meeting))
+    return Place(facts=facts, meeting=meeting, device=device, group=group, device_error=missing)
+
+
+def _choose(facts: RankFacts, spec: RunSpec, env: MutableMapping[str, str]) -> tuple[Device, str, Exception | None]:
+    """(the device, why this one, why it is not to be used); its variables are set before torch is loaded."""
+    wanted = spec.plan.accelerator
+    try:
+        choice = resolve(wanted)
+    except ImpossibleError as error:
+        return DEVICES[wanted](), "asked for by the job's plan, and not there", error
+    try:
+        env.update(choice.device.environment(facts))
+    except ImpossibleError as error:
+        return choice.device, choice.reason, error
+    return choice.device, choice.reason, None
 
 
 def _inherited(env: MutableMapping[str, str]) -> Meeting | None:

@@ -8,6 +8,7 @@ never needs it here.
 from __future__ import annotations
 
 import atexit
+import time
 from array import array
 from collections.abc import Sequence
 from datetime import timedelta
@@ -78,6 +79,18 @@ class GlooGroup:
 
     def barrier(self) -> None:
         self.all_max([0])
+
+    def try_sum(self, size_bytes: int, limit_s: float) -> tuple[bool, float]:
+        """Sum so many bytes over all ranks: whether the sum is right, and the seconds it took. Collective.
+
+        Raises:
+            RuntimeError: it did not end within the limit, or a peer is gone.
+        """
+        values = self._torch.full((max(1, size_bytes // 8),), self.rank + 1, dtype=self._torch.int64)
+        began_s = time.monotonic()
+        self._group.allreduce([values], self._dist.AllreduceOptions()).wait(timedelta(seconds=limit_s))
+        seconds = time.monotonic() - began_s
+        return bool((values == self.size * (self.size + 1) // 2).all().item()), seconds
 
     def _close(self) -> None:
         self._group = self._store = None

@@ -16,11 +16,13 @@ from typing import Literal, Protocol
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.avoiding import tell_requeued
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import parse_duration_s
 
 __all__ = [
+    "TIMER",
     "Cause",
     "JobRecord",
     "LocalScheduler",
@@ -37,6 +39,9 @@ logger = logging.getLogger(__name__)
 Cause = Literal[
     "preempted", "time_limit", "cancelled", "requeue_requested", "requeued_already", "node_failure", "failed", "unknown"
 ]
+
+TIMER = "timer"
+"""Stands among the names of signals for a stop that the run's own clock asks for, before the time limit."""
 
 # scontrol waits for a busy slurmctld; a stop cannot wait for ever, and its grace is seconds on some sites.
 _SCONTROL_TIMEOUT_S = 15.0
@@ -66,7 +71,11 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """The part of `scontrol show job` that tells reasons apart. Times are seconds since the epoch."""
+    """The part of `scontrol show job` that tells reasons apart. Times are seconds since the epoch.
+
+    Attributes:
+        requeue: the job may be requeued.
+    """
 
     state: str
     preempt_time: float | None
@@ -74,6 +83,7 @@ class JobRecord:
     restarts: int
     time_limited: bool
     past_limit: bool
+    requeue: bool
 
     @classmethod
     def parse(cls, shown: str) -> JobRecord:
@@ -88,6 +98,7 @@ class JobRecord:
             restarts=int(words.get("Restarts", "0")),
             time_limited=limit_s is not None,
             past_limit=limit_s is not None and run_s is not None and run_s >= limit_s,
+            requeue=words.get("Requeue") != "0",
         )
 
 
@@ -116,6 +127,11 @@ def asked_by_user(folder: RunFolder, attempt: int) -> tuple[Cause, str] | None:
     return None
 
 
+def _by_own_clock(signals: list[str]) -> tuple[Cause, str] | None:
+    """A stop that nobody asked for but the run's own timer needs no looking into."""
+    return ("time_limit", "its own timer: the time limit is near") if signals == [TIMER] else None
+
+
 class SlurmScheduler:
     """Slurm, through scontrol on the node."""
 
@@ -124,7 +140,7 @@ class SlurmScheduler:
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def why(self, signals: list[str]) -> tuple[Cause, str]:
-        asked = asked_by_user(self._folder, self._facts.attempt)
+        asked = asked_by_user(self._folder, self._facts.attempt) or _by_own_clock(signals)
         if asked:
             return asked
         try:
@@ -176,14 +192,25 @@ def show_job(job_id: str) -> JobRecord:
 
 
 def ask_for_another(folder: RunFolder, plan: Plan, job_id: str, *, next_attempt: int) -> str:
-    """Have Slurm requeue the job, or send a successor where preemption cancels; see Scheduler.requeue."""
+    """Have Slurm requeue the job off the nodes that are avoided, or send a successor where it does not requeue: after a
+    preemption in a partition that cancels, and for a job that may not be requeued. See Scheduler.requeue."""
     if plan.preemption.mode == "cancel" and show_job(job_id).preempt_time is not None:
-        from cfe_hpc.ranks.successor import submit_successor
-
-        successor = submit_successor(folder, job_id=job_id, next_attempt=next_attempt)
-        return f"this partition cancels preempted jobs: successor {successor} submitted on the same run folder"
-    run(["scontrol", "requeue", job_id], timeout_s=_SCONTROL_TIMEOUT_S)
+        return _send_successor(folder, job_id, next_attempt, "this partition cancels preempted jobs")
+    try:
+        run(["scontrol", "requeue", job_id], timeout_s=_SCONTROL_TIMEOUT_S)
+    except CommandError:
+        if show_job(job_id).requeue:
+            raise
+        return _send_successor(folder, job_id, next_attempt, "this job may not be requeued (Requeue=0)")
+    tell_requeued(folder, plan, job_id, attempt=next_attempt - 1)
     return f"scontrol requeue {job_id}"
+
+
+def _send_successor(folder: RunFolder, job_id: str, next_attempt: int, why: str) -> str:
+    from cfe_hpc.ranks.successor import submit_successor
+
+    successor = submit_successor(folder, job_id=job_id, next_attempt=next_attempt)
+    return f"{why}: successor {successor} submitted on the same run folder"
 
 
 class LocalScheduler:
@@ -193,7 +220,7 @@ class LocalScheduler:
         self._folder, self._facts = folder, facts
 
     def why(self, signals: list[str]) -> tuple[Cause, str]:
-        asked = asked_by_user(self._folder, self._facts.attempt)
+        asked = asked_by_user(self._folder, self._facts.attempt) or _by_own_clock(signals)
         if asked:
             return asked
         stop = self._folder.promised(f"stop-{self._facts.attempt}") or {}

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,10 +14,13 @@ from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.ranks.scheduler import Cause, Scheduler
+from cfe_hpc.recovery import causes
 from cfe_hpc.recovery.budgets import decide
+from cfe_hpc.recovery.effects import carry_out
+from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Inquiry", "Verdict", "conclude", "hold", "promise_next"]
+__all__ = ["Ended", "Inquiry", "Verdict", "conclude", "hold", "promise_next", "send_back"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,13 @@ class Verdict:
     """
 
     action: Literal["requeued", "cancelled", "held", "failed"]
-    cause: Cause
+    cause: Cause | causes.Cause
     why: str
     exit_code: int
+
+
+class Ended(SystemExit):
+    """Ends a rank after a verdict: what it means for the run is written down, whatever the status."""
 
 
 class Inquiry:
@@ -146,10 +154,56 @@ def conclude(
     return Verdict(**json.loads(group.broadcast(b"")))
 
 
-def hold(folder: RunFolder, *, attempt: int, step: int | None, why: str) -> None:
-    """Hold the run: no further attempt until a person says so. Rank 0, or the supervisor, calls it."""
+def send_back(
+    folder: RunFolder,
+    scheduler: Scheduler,
+    spec: RunSpec,
+    group: Group,
+    *,
+    cause: causes.Cause,
+    why: str,
+    attempt: int,
+) -> Verdict:
+    """End an attempt that nobody told to stop, and ask for another as far as the budget of `cause` allows. Collective.
+
+    What the next attempt does otherwise is written down first, nodes to avoid among it; result.json, when none follows.
+
+    Args:
+        why: a sentence for the events; what is wrong has been written down as a `failed` event.
+    """
+    if group.rank != 0:
+        return Verdict(**json.loads(group.broadcast(b"")))
+    decision = decide(spec.job.recovery, folder.events(), cause=cause)
+    carry_out(folder, decision.effects, attempt=attempt)
+    if decision.action == "requeue":
+        going_on = Verdict(action="requeued", cause=cause, why=why, exit_code=0)
+        verdict = _requeue(folder, scheduler, spec, going_on, attempt, None)
+    else:
+        hold(folder, attempt=attempt, step=None, why=decision.why, cause=cause)
+        verdict = Verdict(action="held", cause=cause, why=decision.why, exit_code=1)
+    if verdict.action == "held":
+        write_result(folder, "HELD", attempts=attempt + 1, reason=verdict.why)
+    group.broadcast(json.dumps(asdict(verdict)).encode())
+    return verdict
+
+
+def hold(
+    folder: RunFolder,
+    *,
+    attempt: int,
+    step: int | None,
+    why: str,
+    cause: causes.Cause | None = None,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    """Hold the run: no further attempt until a person says so. Rank 0, or the supervisor, calls it.
+
+    Args:
+        cause: of the end that led to it, where there is one.
+        detail: `log` and `line`: where the run's logs say why.
+    """
     folder.note("held", "the run is held", reason=why, attempt=attempt)
-    folder.note_event("held", attempt=attempt, step=step, reason=why)
+    folder.note_event("held", attempt=attempt, step=step, cause=cause, reason=why, detail=detail)
 
 
 def promise_next(folder: RunFolder, *, attempt: int, **facts: Any) -> bool:
@@ -200,7 +254,7 @@ def _requeue(
         time.sleep(_RETRY_S)
 
 
-def _patience_s(spec: RunSpec, cause: Cause) -> float:
+def _patience_s(spec: RunSpec, cause: Cause | causes.Cause) -> float:
     """Seconds for which a requeue that fails is tried again, before the run is held."""
     if cause == "time_limit":
         return spec.plan.signal_lead_s
