@@ -13,8 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["PICKLES", "TASK_PICKLE", "clean_environment", "record_job", "send", "send_export", "submit_successor"]
@@ -34,7 +36,7 @@ _FOREIGN = re.compile(
     r"^(SLURM_(?!CONF$|CLUSTERS$).*|SLURMD_.*|SBATCH_.*|SRUN_.*|SUBMITIT_.*|PMI_.*|PMIX_.*"
     r"|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT)"
     r"|CFE_(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|NUM_NODES|ATTEMPT|ATTEMPT_BASE|JOB_ID|RUN_DIR"
-    r"|CONTROL_PORT|ALLOCATED_S|HOSTS|PIDS_DIR|RESTART|SCHEDULER|WORKER)"
+    r"|CONTROL_PORT|ALLOCATED_S|HOSTS|PIDS|RESTART|SCHEDULER|WORKER)"
     r"|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|HABANA_VISIBLE_MODULES|HABANA_VISIBLE_DEVICES)$"
 )
 
@@ -143,6 +145,7 @@ def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> st
     """
     environment = clean_environment(os.environ) | {"CFE_ATTEMPT_BASE": str(next_attempt)}
     options = [f"--dependency=afterany:{job_id}"] if job_id else []
+    options += exclude_option(folder, RunSpec.read(folder.run_toml).plan)
     successor = send(folder, environment=environment, options=options)
     record_job(folder, job_id=successor, scheduler="slurm", attempt_base=next_attempt, after=job_id)
     send_export(folder, job_id=successor, environment=environment)
