@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "requeue": ("requeue", "save a run and put it back in the queue"),
     "checkpoints": ("checkpoints", "list, verify, compare, prune, pin and export a run's checkpoints"),
     "data": ("data", "build and check token files"),
-    "sites": ("sites", "list and show site profiles"),
+    "sites": ("sites", "list and show site profiles, compare one with the cluster, write one"),
     "config": ("config", "show a job as resolved, and where each value came from"),
     "doctor": ("doctor", "what this machine and this cluster can do, and why"),
 }

@@ -1,11 +1,19 @@
-"""`sites list|show`: the site profiles there are, and what one says."""
+"""`sites list|show|check|detect`: the site profiles there are, what one says, and what the live cluster says."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
+from cfe_hpc.errors import UsageError
+
+if TYPE_CHECKING:
+    from cfe_hpc.sites.compare import Difference
+    from cfe_hpc.sites.live import LiveCluster
 
 __all__ = ["configure", "run"]
 
@@ -21,11 +29,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.description = "Print one profile as TOML, every key spelt out."
     show.add_argument("name", metavar="NAME", help="name or path of a profile")
     common.add_json_argument(show)
+    check = actions.add_parser("check", help="compare a profile with the live cluster", allow_abbrev=False)
+    check.description = (
+        "Compare a profile with the cluster that this machine belongs to: preemption, limits, nodes, versions. Exit "
+        "codes: 0 nothing differs, 1 something does, 3 Slurm gives no answer."
+    )
+    check.add_argument("name", metavar="NAME", nargs="?", help="name or path of a profile; $CFE_SITE when left out")
+    common.add_json_argument(check)
+    detect = actions.add_parser("detect", help="write a profile of the live cluster", allow_abbrev=False)
+    detect.description = (
+        "Write a profile of the cluster that this machine belongs to, in TOML. What Slurm does not know is marked "
+        "with a question mark."
+    )
+    detect.add_argument("--name", metavar="N", help="name of the site; the cluster's own when left out")
+    detect.add_argument("--output", metavar="FILE", type=Path, help="a new file; standard output when left out")
+    common.add_json_argument(detect)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
-    return _list(args) if args.action == "list" else _show(args)
+    """Do the action."""
+    action = {"list": _list, "show": _show, "check": _check, "detect": _detect}[args.action]
+    return action(args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -71,3 +95,71 @@ def _show(args: argparse.Namespace) -> int:
     print(f"# {file}")
     print("\n".join(toml_lines(site)))
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from cfe_hpc.config.load import load_site
+    from cfe_hpc.sites.compare import differences, unstated
+    from cfe_hpc.sites.live import read_cluster
+
+    site, file = load_site(args.name, os.environ)
+    if site.scheduler != "slurm":
+        raise UsageError(f"{file}: has no scheduler to ask; name the profile of a cluster, see `cfe-hpc sites list`")
+    cluster = read_cluster()
+    found, missing = differences(site, cluster), unstated(site, cluster)
+    if args.json:
+        document: dict[str, Any] = {
+            "site": site.name,
+            "file": file,
+            "cluster": cluster.name,
+            "version": cluster.version,
+            "differences": [asdict(difference) for difference in found],
+            "unstated": missing,
+            "qos_refusal": cluster.qos_refusal or None,
+        }
+        common.print_json(document)
+    else:
+        _print_check(file, cluster, found, missing)
+    return 1 if found else 0
+
+
+def _print_check(file: str, cluster: LiveCluster, found: list[Difference], missing: dict[str, str]) -> None:
+    _warn_of_qos(cluster)
+    for difference in found:
+        there = f"it is {difference.cluster}" if difference.cluster is not None else "the cluster has no such thing"
+        print(f"{difference.key}: the profile says {difference.profile}, {there}")
+    for key, value in missing.items():
+        print(f"{key}: not in the profile; it is {value}")
+    count = f"{len(found)} differences" if len(found) != 1 else "1 difference"
+    print(f"{file}: {count if found else 'nothing differs'} from cluster {cluster.name}, Slurm {cluster.version}")
+
+
+def _detect(args: argparse.Namespace) -> int:
+    from cfe_hpc.files import tomllib
+    from cfe_hpc.sites.detect import profile_text
+    from cfe_hpc.sites.live import read_cluster
+
+    cluster = read_cluster()
+    text = profile_text(cluster, args.name)
+    _warn_of_qos(cluster)
+    if args.output is not None:
+        try:
+            with open(args.output, "x", encoding="utf-8") as out:
+                out.write(text)
+        except OSError as error:
+            remedy = "name another, or remove it" if isinstance(error, FileExistsError) else "name another"
+            raise UsageError(f"--output: {args.output}: {error.strerror}; {remedy}") from error
+    if args.json:
+        common.print_json(tomllib.loads(text))
+    elif args.output is None:
+        sys.stdout.write(text)
+    else:
+        print(f"{args.output}: cluster {cluster.name}, Slurm {cluster.version}; look at the lines marked with ?")
+    return 0
+
+
+def _warn_of_qos(cluster: LiveCluster) -> None:
+    if cluster.qos is None:
+        print(f"note: nothing is said of QOS: {cluster.qos_refusal}", file=sys.stderr)
