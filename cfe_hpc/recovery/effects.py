@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cfe_hpc.recovery.attempts import epoch_s
+from cfe_hpc.recovery.exclusions import Exclusion, exclude, runs_root
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Adjustments", "Effect", "adjustments", "carry_out"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +42,21 @@ class Adjustments:
 def carry_out(folder: RunFolder, effects: Iterable[Effect], *, attempt: int) -> None:
     """Write each effect down, before another attempt is asked for. One process of the run calls it."""
     for effect in effects:
+        if effect.reason == "node_excluded":
+            _exclude(folder, effect.detail, attempt)
         folder.note_event("degraded", attempt=attempt, reason=effect.reason, detail=dict(effect.detail))
+
+
+def _exclude(folder: RunFolder, about: Mapping[str, Any], attempt: int) -> None:
+    """Other runs learn of it, too; where that cannot be written the run goes on."""
+    node, until_s = str(about["node"]), epoch_s(about["until"])
+    assert until_s is not None
+    cause, why = str(about["cause"]), str(about["why"])
+    exclusion = Exclusion(node=node, until_s=until_s, cause=cause, why=why, run_id=folder.run_id, attempt=attempt)
+    try:
+        exclude(runs_root(folder), exclusion)
+    except (OSError, ValueError) as error:
+        logger.warning("%s failed, but cannot be noted as a node to avoid: %s", node, error)
 
 
 def adjustments(events: Iterable[dict[str, Any]]) -> Adjustments:
