@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfe_hpc.errors import CfeError
 
-__all__ = ["CommandError", "Completed", "run"]
+__all__ = ["CommandError", "Completed", "run", "start_ticks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +75,13 @@ def run(
         said = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
         raise CommandError(f"`{shown}` failed with exit status {done.returncode}: {said}", completed)
     return completed
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None when there is none, or only its zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -144,8 +144,8 @@ class RunFolder:
     def result_path(self) -> Path:
         return self.path / "result.json"
 
-    def log_stem(self, *, job_id: str, attempt: int, rank: int) -> str:
-        """Name of a rank's log without its ending, `<job id>.<attempt>.<rank>`."""
+    def log_stem(self, *, job_id: str, attempt: int, rank: int | str) -> str:
+        """Name of a rank's log without its ending, `<job id>.<attempt>.<rank>`; a launcher's has "node1" for rank."""
         return f"{job_id}.{attempt}.{rank}"
 
     def append_event(self, event: Event, *, attempt: int | None, **fields: Any) -> None:

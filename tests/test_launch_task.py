@@ -99,6 +99,7 @@ def test_squeue_lines_are_read_whatever_the_reason_holds() -> None:
 def test_a_sender_keeps_nothing_of_its_own_job() -> None:
     environment = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "CFE_ENTRY_NOTE": "mine"}
     foreign = {"SLURM_JOB_ID": "1", "SBATCH_PARTITION": "x", "RANK": "0", "CFE_CONTROL_PORT": "1", "CFE_RUN_DIR": "/r"}
-    facts = ("ALLOCATED_S", "HOSTS", "PIDS_DIR", "RESTART", "SCHEDULER", "WORKER")
+    foreign |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "LOCAL_SIZE": "2"}
+    facts = ("ALLOCATED_S", "HOSTS", "PIDS", "RESTART", "SCHEDULER", "WORKER")
     foreign |= {f"CFE_{name}": "1" for name in facts}
     assert clean_environment({**environment, **foreign}) == environment

@@ -120,6 +120,17 @@ def test_the_lead_is_rounded_up_to_whole_seconds() -> None:
     assert plan(_job(), _site(slurm={"signal_lead": 0.2})).signal_lead_s == 1
 
 
+def test_a_launcher_is_one_task_of_a_node() -> None:
+    for launcher in ("torchrun", "deepspeed"):
+        planned = plan(_job(resources={"nodes": 2}, launch={"launcher": launcher}), _site())
+        assert (planned.launcher, planned.tasks_per_node, planned.world_size) == (launcher, 1, 8)
+
+
+def test_an_elastic_job_keeps_its_range_of_nodes() -> None:
+    planned = plan(_job(resources={"nodes": 4}, launch={"nodes_min": 2}), _site())
+    assert (planned.nodes, planned.nodes_min, planned.world_size) == (4, 2, 16)
+
+
 def test_only_a_scheduler_that_gives_out_cores_minds_their_number() -> None:
     hardware = {"gpu": {**GPU, "accelerator": "cpu", "cores_per_node": 2}, "cpu": CPU}
     job = _job(resources={"devices_per_node": 4})
@@ -138,8 +149,7 @@ def test_only_a_scheduler_that_gives_out_cores_minds_their_number() -> None:
         ({"resources": {"time": "25h"}}, "resources.time", "longer than the 1d"),
         ({"resources": {"time": "120s"}}, "resources.time", "too short: slurm.signal_lead"),
         ({"resources": {"accelerator": "hpu"}}, "resources.accelerator", "partition gpu has cuda devices"),
-        ({"launch": {"launcher": "deepspeed"}}, "launch.launcher", "not available yet"),
-        ({"launch": {"nodes_min": 1}, "resources": {"nodes": 2}}, "launch.nodes_min", "elastic runs are not"),
+        ({"launch": {"launcher": "ray"}}, "launch.launcher", "not available yet"),
     ],
 )
 def test_impossible(tables: dict[str, Any], key: str, what: str) -> None:

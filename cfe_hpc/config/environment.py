@@ -43,7 +43,7 @@ INTERNAL = frozenset(
         "CFE_LOCAL_WORLD_SIZE",
         "CFE_NODE_RANK",
         "CFE_NUM_NODES",
-        "CFE_PIDS_DIR",
+        "CFE_PIDS",
         "CFE_PUSHGATEWAY_PASSWORD",
         "CFE_PUSHGATEWAY_PASSWORD_FILE",
         "CFE_PUSHGATEWAY_USER",

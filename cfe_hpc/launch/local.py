@@ -7,7 +7,6 @@ import shlex
 import signal
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cfe_hpc.config.run import RunSpec
@@ -15,6 +14,7 @@ from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
+from cfe_hpc.process import start_ticks
 from cfe_hpc.ranks.successor import clean_environment, record_job
 from cfe_hpc.runfolder import RunFolder
 
@@ -106,16 +106,6 @@ def _start(folder: RunFolder, *, attempt_base: int) -> str:
     facts = {"job_id": job_id, "pid": pid, "start_ticks": start_ticks(pid), "host": socket.gethostname()}
     record_job(folder, scheduler="local", attempt_base=attempt_base, **facts)
     return job_id
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None when there is none, or only its zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def is_alive(job: dict[str, Any]) -> bool:

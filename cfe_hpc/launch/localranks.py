@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def adopt_orphans() -> None:
 
 
 class LocalRanks:
-    """The ranks of one attempt. Starting them is making one.
+    """The ranks of one attempt, or the agents of its nodes that start them. Starting them is making one.
 
     Args:
         argv: what each rank runs.
@@ -39,8 +40,11 @@ class LocalRanks:
         self, folder: RunFolder, plan: Plan, *, attempt: int, job_id: str, argv: Sequence[str], cwd: Path
     ) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        for rank in range(plan.world_size):
-            environment = {**os.environ, **_place(plan, rank), "CFE_ATTEMPT": str(attempt), "CFE_JOB_ID": job_id}
+        common = {"CFE_ATTEMPT": str(attempt), "CFE_JOB_ID": job_id, "CFE_ALLOCATED_S": f"{time.time():.3f}"}
+        tasks_per_node = plan.tasks_per_node or plan.devices_per_node
+        for task in range(plan.nodes * tasks_per_node):
+            environment = {**os.environ, **_place(plan.nodes, tasks_per_node, task), **common}
+            rank = task if plan.launcher == "srun" else f"node{task}"
             stem = folder.logs / folder.log_stem(job_id=job_id, attempt=attempt, rank=rank)
             self._processes.append(_spawn(argv, environment, cwd, stem))
 
@@ -69,16 +73,16 @@ class LocalRanks:
                 return
 
 
-def _place(plan: Plan, rank: int) -> Mapping[str, str]:
-    """The variables that tell a rank where it stands."""
-    node_rank, local_rank = divmod(rank, plan.devices_per_node)
+def _place(nodes: int, tasks_per_node: int, rank: int) -> Mapping[str, str]:
+    """The variables that tell a task where it stands."""
+    node_rank, local_rank = divmod(rank, tasks_per_node)
     return {
         "CFE_RANK": str(rank),
         "CFE_LOCAL_RANK": str(local_rank),
-        "CFE_WORLD_SIZE": str(plan.world_size),
-        "CFE_LOCAL_WORLD_SIZE": str(plan.devices_per_node),
+        "CFE_WORLD_SIZE": str(nodes * tasks_per_node),
+        "CFE_LOCAL_WORLD_SIZE": str(tasks_per_node),
         "CFE_NODE_RANK": str(node_rank),
-        "CFE_NUM_NODES": str(plan.nodes),
+        "CFE_NUM_NODES": str(nodes),
     }
 
 

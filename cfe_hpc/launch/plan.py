@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.nearest import nearest
@@ -16,7 +16,8 @@ from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["LAUNCHERS", "plan"]
 
-LAUNCHERS = ("srun",)
+Launcher = Literal["srun", "torchrun", "deepspeed"]
+LAUNCHERS: tuple[Launcher, ...] = ("srun", "torchrun", "deepspeed")
 """Launchers that this version can start ranks with."""
 
 Report = Callable[..., Problem]
@@ -54,6 +55,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
     ]
     if problems:
         raise ImpossibleError(problems)
+    launcher = next(known for known in LAUNCHERS if known == job.launch.launcher)
     return Plan(
         partition=name,
         queue=partition.queue or name,
@@ -72,6 +74,10 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
         signal_lead_s=_lead_s(stated_lead_s, time_s, measured),
         preemption=qos.preemption or partition.preemption,
         options=list(partition.options),
+        launcher=launcher,
+        nodes_min=job.launch.nodes_min,
+        restarts=job.launch.restarts,
+        tasks_per_node=None if launcher == "srun" else 1,
     )
 
 
@@ -147,8 +153,5 @@ def _lead_problems(time_s: float | None, lead_s: int, report: Report) -> Iterato
 def _launch_problems(job: Job, report: Report) -> Iterator[Problem]:
     launch = job.launch
     if launch.launcher not in LAUNCHERS:
-        remedy = f"this version starts ranks with {', '.join(LAUNCHERS)} alone: leave launcher out"
+        remedy = f"this version starts ranks with {', '.join(LAUNCHERS)}"
         yield report("job.launch.launcher", "not available yet", remedy, launch.launcher)
-    if launch.nodes_min is not None and launch.nodes_min < job.resources.nodes:
-        remedy = "this version always starts on resources.nodes: leave nodes_min out"
-        yield report("job.launch.nodes_min", "elastic runs are not available yet", remedy, launch.nodes_min)

@@ -12,7 +12,7 @@ from submitit.core.core import Job
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
-from cfe_hpc.config.run import RunSpec
+from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.errors import ConfigError, Problem, SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.exporting import export_script
@@ -22,6 +22,7 @@ from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.launch.task import RankTask
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.successor import (
     PICKLES,
     TASK_PICKLE,
@@ -61,13 +62,14 @@ class _Executor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        plan = self._spec.plan
-        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--export=ALL"]
+        tasks, cpus = _tasks(self._spec.plan)
+        # An elastic job may have got fewer nodes than it asked for.
+        total = f'--ntasks="$((SLURM_JOB_NUM_NODES * {tasks}))"'
         # From 22.05 on srun no longer takes cpus-per-task from the job.
-        srun += [f"--ntasks={plan.world_size}", f"--ntasks-per-node={plan.devices_per_node}"]
-        srun += [f"--cpus-per-task={plan.cpus_per_device}"]
+        each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
         task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
-        return shlex.join([*srun, "sh", "-c", _SHIELD, "sh", *task])
+        words = shlex.join(["sh", "-c", _SHIELD, "sh", *task])
+        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each} {words}"
 
     def script(self) -> str:
         """The text that sbatch gets."""
@@ -79,13 +81,21 @@ class _Executor(SlurmExecutor):
         self.folder.mkdir(exist_ok=True)
         delayed.dump(self.folder / TASK_PICKLE)
         write_atomic(self._run_folder.submission_script, self.script())
-        job_id = send(self._run_folder, environment=clean_environment(os.environ), options=self._options)
+        options = [*self._options, *exclude_option(self._run_folder, self._spec.plan)]
+        job_id = send(self._run_folder, environment=clean_environment(os.environ), options=options)
         return [SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))]
+
+
+def _tasks(plan: Plan) -> tuple[int, int]:
+    """(tasks on a node, cores of each): the ranks, or a launcher that starts them."""
+    tasks = plan.tasks_per_node or plan.devices_per_node
+    return tasks, plan.cpus_per_device * plan.devices_per_node // tasks
 
 
 def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     """The plan in submitit's words; None leaves an option to the site's default."""
     plan = spec.plan
+    tasks, cpus = _tasks(plan)
     stated = {
         "job_name": safe_name(spec.job.name),
         "partition": plan.queue,
@@ -100,18 +110,22 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
         **{key: None if value is None else _directive(spec, key, value) for key, value in stated.items()},
         "time": None,  # in minutes, and 5 unless set
         "nodes": plan.nodes,
-        "ntasks_per_node": plan.devices_per_node,
-        "cpus_per_task": plan.cpus_per_device,
+        "ntasks_per_node": tasks,
+        "cpus_per_task": cpus,
         "wckey": None,
         "use_srun": False,  # submitit would put unescaped paths into srun's patterns; our command has its own srun
         "additional_parameters": _additional(spec, folder),
         "setup": [
+            # Not bash's EPOCHREALTIME, which writes the decimal point as the locale has it.
+            'export CFE_ALLOCATED_S="$(date +%s.%N)"',
             *prologue(spec, folder),
             'export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"',
             # submitit would requeue by itself on this signal; nobody sends this one.
             "export SUBMITIT_PREEMPT_SIGNAL=URG",
             'cd -- "$CFE_RUN_DIR" || exit 1',
             *_redirection(folder),
+            # Told to end, bash would go at once and leave out what comes after srun.
+            "trap : TERM",
         ],
         "teardown": ["code=$?", f'{python} -m cfe_hpc.ranks.epilogue "$CFE_RUN_DIR" "$code"', 'exit "$code"', ""],
     }
@@ -139,6 +153,7 @@ def _additional(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
         "error": _log(folder, "batch", "err") or "/dev/null",
         "signal": f"{plan.signal}@{plan.signal_lead_s}",
         **({} if plan.time_s is None else {"time": slurm_time(plan.time_s)}),
+        **({} if plan.nodes_min in (None, plan.nodes) else {"nodes": f"{plan.nodes_min}-{plan.nodes}"}),
     }
     for option in plan.options:
         match = _OPTION.fullmatch(option)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 from cfe_hpc.files import read_toml
+from cfe_hpc.ranks.redirect import redirect
 from cfe_hpc.ranks.signals import STOP_SIGNALS
 from cfe_hpc.runfolder import RunFolder
 
@@ -25,26 +26,25 @@ class RankTask:
         self.run_dir = run_dir
 
     def __call__(self) -> None:
-        """Never returns. Stop signals stay blocked across the exec; the rank unblocks them once it can hear them.
+        """Never returns. Stop signals stay blocked across the exec; the rank, or a launcher's agent, unblocks them once
+        it can hear them.
 
         submitit has just installed handlers that swallow TERM and requeue on USR2: the exec drops them.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = RunFolder(Path(self.run_dir))
-        provenance = read_toml(folder.run_toml)["provenance"]
-        _redirect(folder)
+        table: dict[str, Any] = read_toml(folder.run_toml)
+        provenance = table["provenance"]
+        redirect(_log_stem(folder, launcher=table["plan"].get("launcher", "srun")))
         os.chdir(provenance["workdir"])
         python = provenance["python"]
         os.execv(python, [python, "-u", "-m", "cfe_hpc.ranks", self.run_dir])
 
 
-def _redirect(folder: RunFolder) -> None:
-    """Append standard output and error to logs/<job id>.<attempt>.<rank>.out and .err."""
+def _log_stem(folder: RunFolder, *, launcher: str) -> Path:
+    """logs/<job id>.<attempt>.<rank>, without the ending; for a launcher of ranks the node's number stands there."""
     env = os.environ
     attempt = int(env.get("CFE_ATTEMPT_BASE", "0")) + int(env.get("SLURM_RESTART_COUNT", "0"))
-    stem = folder.log_stem(job_id=env["SLURM_JOB_ID"], attempt=attempt, rank=int(env["SLURM_PROCID"]))
-    for stream, ending in ((sys.stdout, "out"), (sys.stderr, "err")):
-        stream.flush()
-        fd = os.open(folder.logs / f"{stem}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(fd, stream.fileno())
-        os.close(fd)
+    task = int(env["SLURM_PROCID"])
+    rank = task if launcher == "srun" else f"node{task}"
+    return folder.logs / folder.log_stem(job_id=env["SLURM_JOB_ID"], attempt=attempt, rank=rank)

@@ -1,9 +1,10 @@
 """`command` jobs: the wrapper that starts the user's program as a rank, hands signals on, and has the run requeued.
 
 The wrapper is what the scheduler signals on sites that signal only the step's direct children. It forwards each
-signal once. A program that joins the run does the rest itself (save, agreement, requeue): the wrapper then finds the
-promise of a requeue in the run folder and makes no second one. A program that never heard of cfe_hpc is requeued
-when it ends after a stop signal, whatever its exit status.
+signal once: to the process that has joined the run, or, as long as none has, to the program. A program that joins
+does the rest itself (save, agreement, requeue): the wrapper then finds the promise of a requeue in the run folder and
+makes no second one. A program that never heard of cfe_hpc is requeued when it ends after a stop signal, whatever its
+exit status.
 
 Each rank's wrapper leaves a note of how its program ended; rank 0's reads them and decides for all. A signal alone
 does not make a stop: srun sends TERM to the other ranks when one has failed.
@@ -14,11 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import subprocess
 import time
-from collections.abc import Mapping
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfe_hpc import log
@@ -27,15 +25,15 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.config.template import fill_in
 from cfe_hpc.devices.resolve import resolve
 from cfe_hpc.ranks.bootstrap import rank_environment
+from cfe_hpc.ranks.child import Child
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.rendezvous import meet
 from cfe_hpc.ranks.scheduler import choose
-from cfe_hpc.ranks.signals import STOP_SIGNALS, unblock
 from cfe_hpc.ranks.stopping import Inquiry, conclude
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["run_command"]
+__all__ = ["decided", "exit_code", "run_command", "see_through"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,37 +41,6 @@ _POLL_S = 0.1
 _SLOWEST_POLL_S = 5.0
 _SIGNAL_SKEW_S = 2.0
 """A stop reaches the nodes one after the other: a program that fails may have missed a peer that was told first."""
-
-
-class _Child:
-    """The user's program, and the signals that came for it."""
-
-    def __init__(self, argv: list[str], environment: Mapping[str, str]) -> None:
-        self.seen: list[str] = []
-        self.first_s: float | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._forward)
-        # Blocked while the child is made: a signal between fork and the line below would be lost on it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            self._process = subprocess.Popen(argv, env=dict(environment), preexec_fn=unblock)
-        finally:
-            unblock()
-
-    def _forward(self, signum: int, frame: FrameType | None) -> None:
-        name = signal.Signals(signum).name
-        if self.first_s is None:
-            self.first_s = time.monotonic()
-        if name in self.seen or self._process is None:
-            return
-        self.seen.append(name)
-        self._process.send_signal(signum)
-
-    def poll(self) -> int | None:
-        """Its status as subprocess tells it; None while it runs."""
-        assert self._process is not None
-        return self._process.poll()
 
 
 def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
@@ -91,12 +58,25 @@ def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         "CFE_RUN_DIR": str(folder.path),
     }
     environment.update(resolve(spec.plan.accelerator).device.environment(facts))
+    return see_through(folder, spec, facts, argv, environment)
+
+
+def see_through(
+    folder: RunFolder, spec: RunSpec, facts: RankFacts, argv: Sequence[str], environment: Mapping[str, str]
+) -> int:
+    """Run `argv`, this task's part of the job's command, to its end. Every task of the step calls it: a rank's
+    wrapper, or the agent of a launcher that starts a node's ranks.
+
+    Returns:
+        The status to exit with, as `run_command` has it.
+    """
     if facts.rank == 0:
         folder.reopen()
-        detail = {"job_id": facts.job_id, "world_size": facts.world_size, "hosts": list(facts.hosts), "argv": argv}
+        ranks = facts.world_size * (1 if spec.plan.launcher == "srun" else spec.plan.devices_per_node)
+        detail = {"job_id": facts.job_id, "world_size": ranks, "hosts": list(facts.hosts), "argv": spec.job.command}
         folder.note_event("started", attempt=facts.attempt, host=facts.hosts[0], detail=detail)
     try:
-        child = _Child(argv, environment)
+        child = Child(argv, environment, launcher=spec.plan.launcher != "srun")
     except OSError as error:
         folder.note_event("failed", attempt=facts.attempt, rank=facts.rank, reason=f"{argv[0]}: {error.strerror}")
         logger.error("%s: cannot be started: %s", argv[0], error.strerror)
@@ -105,37 +85,40 @@ def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         return _Leader(folder, spec, facts, child).attend()
     while (status := child.poll()) is None:
         time.sleep(_POLL_S)
-    return _leave(folder, facts, child, status)
+    return _leave(folder, spec, facts, child, status)
 
 
-def _exit_code(status: int) -> int:
-    """The shell's convention: 128 + the signal that ended the program."""
+def exit_code(status: int) -> int:
+    """A status as subprocess tells it, by the shell's convention: 128 + the signal that ended the program."""
     return 128 - status if status < 0 else status
 
 
-def _leave(folder: RunFolder, facts: RankFacts, child: _Child, status: int) -> int:
-    """Note how this rank's program ended; the status to exit with."""
+def _leave(folder: RunFolder, spec: RunSpec, facts: RankFacts, child: Child, status: int) -> int:
+    """Note how this task's program ended; the status to exit with."""
     if status and not child.seen:
         time.sleep(_SIGNAL_SKEW_S)
     name, meaning = f"exit-{facts.attempt}.{facts.rank}", f"rank {facts.rank} has ended with status {status}"
     folder.note(name, meaning, rank=facts.rank, status=status, signals=child.seen)
     if child.seen:
         return 0
-    if status and not _decided(folder, facts.attempt):
-        reason = f"exit status {_exit_code(status)}"
-        folder.note_event("failed", attempt=facts.attempt, rank=facts.rank, reason=reason)
-    return _exit_code(status)
+    if status and not decided(folder, facts.attempt):
+        reason = f"exit status {exit_code(status)}"
+        who: dict[str, Any] = {"rank": facts.rank}
+        if spec.plan.launcher != "srun":
+            reason, who = f"{spec.plan.launcher}: {reason}", {"host": facts.hosts[facts.node_rank]}
+        folder.note_event("failed", attempt=facts.attempt, reason=reason, **who)
+    return exit_code(status)
 
 
-def _decided(folder: RunFolder, attempt: int) -> bool:
-    """Whether a program that joined has said what becomes of the run."""
+def decided(folder: RunFolder, attempt: int) -> bool:
+    """Whether a rank that joined has said what becomes of the run."""
     return bool(folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("held"))
 
 
 class _Leader:
     """Rank 0's wrapper: waits for its own program and for word of the others', and says what becomes of the run."""
 
-    def __init__(self, folder: RunFolder, spec: RunSpec, facts: RankFacts, child: _Child) -> None:
+    def __init__(self, folder: RunFolder, spec: RunSpec, facts: RankFacts, child: Child) -> None:
         self._folder, self._spec, self._facts, self._child = folder, spec, facts, child
         self._scheduler = choose(folder, facts, spec.plan)
         self._inquiry: Inquiry | None = None
@@ -145,14 +128,14 @@ class _Leader:
         while (status := self._child.poll()) is None and not self._must_act():
             time.sleep(_POLL_S)
         if status is None:
-            code = 0 if _decided(self._folder, self._facts.attempt) else self._settle(self._ends())
+            code = 0 if decided(self._folder, self._facts.attempt) else self._settle(self._ends())
             while self._child.poll() is None:  # it has until the kill
                 time.sleep(_POLL_S)
             return code
-        code = _leave(self._folder, self._facts, self._child, status)
+        code = _leave(self._folder, self._spec, self._facts, self._child, status)
         # A failure ends the other ranks only once this one is gone; the batch script takes it from there.
-        if _decided(self._folder, self._facts.attempt) or (code and not self._child.seen):
-            return _exit_code(status)
+        if decided(self._folder, self._facts.attempt) or (code and not self._child.seen):
+            return exit_code(status)
         return self._settle(self._wait_for_ranks())
 
     def _must_act(self) -> bool:
@@ -200,7 +183,7 @@ class _Leader:
             if failed is None or not by_hand:
                 return self._stop(inquiry)
         if failed is not None:
-            return _exit_code(int(failed["status"]))
+            return exit_code(int(failed["status"]))
         self._folder.note_event("completed", attempt=self._facts.attempt)
         write_result(self._folder, "COMPLETED", attempts=self._facts.attempt + 1)
         return 0

@@ -27,6 +27,7 @@ class RankFacts:
         hosts: the node names of the attempt, in the order of node_rank.
         job_id: the scheduler's; "alone-…" without one.
         attempt: 0, 1, 2 …: allocations of the run so far, this one not counted.
+        restart: times that a launcher has started the ranks again in this allocation.
     """
 
     scheduler: Literal["slurm", "local", "none"]
@@ -39,10 +40,12 @@ class RankFacts:
     hosts: tuple[str, ...]
     job_id: str
     attempt: int
+    restart: int = 0
 
 
 def read_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
-    """The facts of this process, from the supervisor's CFE_*, srun's SLURM_*, torchrun's RANK …, or a single rank.
+    """The facts of this process, from CFE_* (the supervisor's, or a launcher's shim's), srun's SLURM_*, torchrun's
+    RANK …, or a single rank.
 
     Raises:
         UsageError: a variable that must be a number is not.
@@ -83,17 +86,20 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 
 
 def _from_supervisor(env: Mapping[str, str]) -> RankFacts:
+    num_nodes = _number(env, "CFE_NUM_NODES", 1)
+    hosts = env.get("CFE_HOSTS")
     return RankFacts(
-        scheduler="local",
+        scheduler="slurm" if env.get("CFE_SCHEDULER") == "slurm" else "local",
         rank=_number(env, "CFE_RANK"),
         local_rank=_number(env, "CFE_LOCAL_RANK"),
         world_size=_number(env, "CFE_WORLD_SIZE"),
         local_world_size=_number(env, "CFE_LOCAL_WORLD_SIZE"),
         node_rank=_number(env, "CFE_NODE_RANK", 0),
-        num_nodes=_number(env, "CFE_NUM_NODES", 1),
-        hosts=("localhost",) * _number(env, "CFE_NUM_NODES", 1),
+        num_nodes=num_nodes,
+        hosts=tuple(hosts.split(",")) if hosts else ("localhost",) * num_nodes,
         job_id=env.get("CFE_JOB_ID", "local"),
         attempt=_number(env, "CFE_ATTEMPT", 0),
+        restart=_number(env, "CFE_RESTART", 0),
     )
 
 

@@ -75,12 +75,13 @@ def reachable_address(host: str) -> str:
     raise CfeError(f"node {host}: the name does not resolve, and `scontrol show node` names no NodeAddr")
 
 
-def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0) -> Meeting:
+def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0, control_ports: int = 1) -> Meeting:
     """Agree on where to meet. Collective: every rank calls it once; it returns the same on all.
 
     Args:
         token: known to this attempt's ranks alone (the run id, say): keeps strangers and other attempts out.
         timeout_s: how long rank 0 waits for the others and they for it.
+        control_ports: ports in a row, from the control port on, that must be free.
 
     Raises:
         CfeError: no candidate port was free, or the others did not appear in time.
@@ -91,7 +92,7 @@ def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0) -> Meeting:
         meeting = Meeting(
             address=address,
             master_port=_free_port(facts, "master"),
-            control_port=_free_port(facts, "control"),
+            control_port=_free_port(facts, "control", control_ports),
         )
         if facts.world_size > 1:
             _serve(facts, meeting, password, timeout_s)
@@ -111,11 +112,12 @@ def _bind(port: int) -> socket.socket | None:
     return listener
 
 
-def _free_port(facts: RankFacts, purpose: str) -> int:
+def _free_port(facts: RankFacts, purpose: str, count: int = 1) -> int:
     for port in candidate_ports(facts.job_id, facts.attempt, purpose):
-        listener = _bind(port)
-        if listener is not None:
+        listeners = [_bind(port + k) for k in range(count)]
+        for listener in filter(None, listeners):
             listener.close()
+        if all(listeners):
             return port
     raise CfeError(f"none of {_CANDIDATES} ports for the {purpose} connection is free on this node; requeue the run")
 

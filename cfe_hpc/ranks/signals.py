@@ -12,6 +12,8 @@ import threading
 import time
 from types import FrameType
 
+from cfe_hpc.ranks.pids import register
+
 __all__ = ["STOP_SIGNALS", "StopFlag", "install", "unblock"]
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ _installed: StopFlag | None = None
 def install() -> StopFlag:
     """Handle the stop signals of this process from now on; the same flag however often it is called.
 
-    Call it from the main thread, after anything else that installs handlers (submitit, a launcher).
+    Call it from the main thread, after anything else that installs handlers (submitit, a launcher). A wrapper of this
+    rank sends its signals here from now on, whatever stands between the two.
     """
     global _installed
     flag = _installed if _installed is not None else StopFlag()
@@ -67,6 +70,7 @@ def install() -> StopFlag:
     for number in STOP_SIGNALS:
         signal.signal(number, handle)
     _installed = flag
+    register()
     return flag
 
 

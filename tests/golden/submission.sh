@@ -21,6 +21,7 @@
 #SBATCH --time=1-01:01:02
 
 # setup
+export CFE_ALLOCATED_S="$(date +%s.%N)"
 export CFE_RUN_DIR=/runs/train-seq/train-seq-20260101-000000-abcd
 export NCCL_NET=IB
 export A='job'"'"'s'
@@ -30,10 +31,11 @@ umask 027
 export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"
 export SUBMITIT_PREEMPT_SIGNAL=URG
 cd -- "$CFE_RUN_DIR" || exit 1
+trap : TERM
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks=8 --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
 
 
 # teardown

@@ -1,0 +1,117 @@
+"""Who is to hear stop signals on this node: each rank writes its process id down, and its wrapper signals those.
+
+A launcher between a wrapper and its ranks (torchrun, deepspeed, a shell) hands signals on late, or ends the ranks
+itself half a minute later, or not at all. So ranks are signalled past it, by those who know which they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cfe_hpc.process import start_ticks
+
+__all__ = ["VARIABLE", "Roster", "register"]
+
+VARIABLE = "CFE_PIDS"
+"""Names the roster of this node's wrapper."""
+
+
+def register() -> None:
+    """Have this process signalled from now on as the one of its LOCAL_RANK, in place of who had registered before it.
+
+    It must be able to hear stop signals, or block them. Nothing happens where there is no wrapper.
+    """
+    path = os.environ.get(VARIABLE)
+    if path is None:
+        return
+    # The wrapper may be gone, or out of reach in a container: then signals come as the scheduler sends them.
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            pid = os.getpid()
+            os.write(fd, f"{os.environ.get('LOCAL_RANK', '0')} {pid} {start_ticks(pid)}\n".encode())
+        finally:
+            os.close(fd)
+
+
+@dataclass(slots=True)
+class _Member:
+    pid: int
+    pidfd: int
+    told: set[str] = field(default_factory=set)
+
+    def alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+
+class Roster:
+    """The processes that have registered with this one. It lies in memory: no disk is needed, and nothing is left.
+
+    Attributes:
+        path: for VARIABLE of those who are to register.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("cfe-pids")
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        self._read_bytes = 0
+        self._members: dict[str, _Member] = {}
+
+    def tell(self, names: Iterable[str]) -> bool:
+        """Send each signal once to each registered process; whether there is any, dead or alive."""
+        self._refresh()
+        for member in self._members.values():
+            for name in names:
+                if name not in member.told:
+                    member.told.add(name)
+                    _send(member.pidfd, signal.Signals[name])
+        return bool(self._members)
+
+    def living(self) -> int:
+        """How many of the registered processes run."""
+        self._refresh()
+        return sum(member.alive() for member in self._members.values())
+
+    def some_have_ended(self) -> bool:
+        """Whether a registered process has ended while another one runs."""
+        return 0 < self.living() < len(self._members)
+
+    def kill(self) -> None:
+        """SIGKILL to those that still run."""
+        for member in self._members.values():
+            _send(member.pidfd, signal.SIGKILL)
+
+    def _refresh(self) -> None:
+        text = os.pread(self._fd, 1 << 20, self._read_bytes)
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.decode("ascii").splitlines():
+            local_rank, pid, ticks = line.split()
+            self._enter(local_rank, int(pid), ticks)
+
+    def _enter(self, local_rank: str, pid: int, ticks: str) -> None:
+        before = self._members.get(local_rank)
+        if before is not None and before.pid == pid and before.alive():
+            return
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return
+        if str(start_ticks(pid)) != ticks:  # another process has the number by now
+            os.close(pidfd)
+            return
+        if before is not None:
+            os.close(before.pidfd)
+        self._members[local_rank] = _Member(pid, pidfd)
+
+
+def _send(pidfd: int, signum: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signum)
