@@ -50,7 +50,8 @@ def heeded(
         return [], []
     usable, known = _nodes(plan)
     own = {node for text in _own(plan) for node in expand(text)}
-    found = [exclusion for exclusion in found if exclusion.node in known - own]
+    # To avoid a node that is down anyway costs the job nothing: those come first.
+    found = sorted((each for each in found if each.node in known - own), key=lambda each: each.node in usable)
     candidates = (usable | {exclusion.node for exclusion in found}) - own
     avoided, _ = choose(found, nodes=plan.nodes, nodes_max=len(candidates))
     asked = [exclusion for exclusion in found if among is None or exclusion.node in among]
