@@ -97,6 +97,7 @@ def test_ranks_get_their_place_and_their_own_logs(start: Start) -> None:
     assert run.end() == 0
     job_id = f"local-{run.process.pid}"
     place = run.wait_for("up-0-3")["environment"]
+    assert float(place.pop("CFE_ALLOCATED_S")) <= time.time()
     assert place == {
         "CFE_ATTEMPT": "0",
         "CFE_ATTEMPT_BASE": "0",

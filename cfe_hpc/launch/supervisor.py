@@ -22,8 +22,9 @@ from cfe_hpc import log
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.exporting import export_command
 from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
-from cfe_hpc.ranks.epilogue import close_failed_attempt
+from cfe_hpc.ranks.epilogue import close_failed_attempt, note_end
 from cfe_hpc.recovery.attempts import KILLED
+from cfe_hpc.recovery.evidence import oom_kills
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -51,6 +52,7 @@ class Attempt:
         self.stop_reason: StopReason | None = None
         self.failure: tuple[int, int] | None = None
         """(rank, status) of the one that failed first: those ended because of it do not count."""
+        self.oom_kills = 0
         self.ranks = LocalRanks(
             folder,
             plan,
@@ -59,6 +61,11 @@ class Attempt:
             argv=rank_command,
             cwd=Path(spec.provenance.workdir),
         )
+
+    @property
+    def status(self) -> int:
+        """0, the status of the rank that failed first, or the signal that killed it."""
+        return abs(self.failure[1]) if self.failure else 0
 
     def run(self) -> None:
         """Return when every rank has ended, and whatever they left behind is gone."""
@@ -123,8 +130,12 @@ def supervise(folder: RunFolder, spec: RunSpec, *, first_attempt: int, rank_comm
     can know: how ranks ended that could not say so themselves."""
     number = first_attempt
     while True:
+        os.environ["CFE_ALLOCATED_S"] = f"{time.time():.3f}"
+        killed_before = oom_kills() or 0
         attempt = Attempt(folder, spec, number, rank_command)
         attempt.run()
+        attempt.oom_kills = (oom_kills() or 0) - killed_before
+        note_end(folder, attempt=number, status=attempt.status, job_id=f"local-{os.getpid()}")
         if not _another_follows(folder, attempt):
             break
         number += 1
@@ -151,20 +162,22 @@ def _another_follows(folder: RunFolder, attempt: Attempt) -> bool:
         # It goes back to the queue though it could not save, as Slurm has it.
         return close_failed_attempt(folder, attempt=number, status=0, cause="preempted")
     _note_failure(folder, attempt)
-    return close_failed_attempt(folder, attempt=number, status=abs(attempt.failure[1]) if attempt.failure else 0)
+    return close_failed_attempt(folder, attempt=number, status=attempt.status, oom_kills=attempt.oom_kills)
 
 
 def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
-    """Write the `failed` event of an attempt, unless a rank has done so."""
-    if any(event["event"] == "failed" and event.get("attempt") == attempt.number for event in folder.events()):
+    """Write the `failed` event of an attempt, unless a rank has done so; of a rank that was killed, unless it has: the
+    others report that it is gone."""
+    said = [event for event in folder.events() if event["event"] == "failed" and event.get("attempt") == attempt.number]
+    rank, status = attempt.failure or (None, 0)
+    killed = status < 0 and attempt.stop_reason != "time_limit"
+    if said and not (killed and all(event.get("rank") != rank for event in said)):
         return
     if attempt.stop_reason == "time_limit":
         folder.note_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
     elif attempt.failure is None:
         folder.note_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
     else:
-        rank, status = attempt.failure
-        killed = status < 0
         how = f"was killed by {signal.Signals(-status).name}" if killed else f"exited with status {status}"
         detail = KILLED if killed else None
         folder.note_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)

@@ -19,43 +19,65 @@ from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold, promise_next
-from cfe_hpc.recovery.causes import Cause
+from cfe_hpc.recovery.attempts import cause_of
 from cfe_hpc.recovery.budgets import decide
+from cfe_hpc.recovery.causes import Cause
+from cfe_hpc.recovery.effects import carry_out
+from cfe_hpc.recovery.evidence import Fault, batch_err_bytes, find, oom_kills
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["close_failed_attempt", "main"]
+__all__ = ["close_failed_attempt", "main", "note_end"]
 
 _GATEWAY_TIMEOUT_S = 5.0
 
 
-def close_failed_attempt(folder: RunFolder, *, attempt: int, status: int, cause: Cause = "failed") -> bool:
+def close_failed_attempt(
+    folder: RunFolder, *, attempt: int, status: int, cause: Cause | None = None, oom_kills: int = 0
+) -> bool:
     """Decide what follows an attempt whose ranks ended with `status` and no word about a next one.
 
     Writes the events, and result.json when nothing follows. The batch script and the local supervisor call it.
 
     Args:
-        cause: "preempted" or "time_limit" when the ranks ended inside such a stop, which then counts instead.
+        cause: "preempted" or "time_limit" when the ranks ended inside such a stop, which then counts instead of what
+            they failed of.
+        oom_kills: processes that the kernel has killed in the attempt's memory cgroup.
 
     Returns:
         True when another attempt shall follow: it is promised, and the caller starts or requests it.
     """
     spec = RunSpec.read(folder.run_toml)
     withdraw(spec, run_id=spec.run_id, timeout_s=_GATEWAY_TIMEOUT_S)  # ranks that died could not
+    fault: Fault | None = None
     if cause == "preempted":
         folder.note_event("preempted", attempt=attempt, detail="the ranks ended without having saved")
-    elif not any(e["event"] == "failed" and e.get("attempt") == attempt for e in folder.events()):
-        how = f"with status {status}" if status else "without a result"
-        folder.note_event("failed", attempt=attempt, reason=f"the ranks ended {how}")
+    else:
+        fault = find(folder, attempt=attempt, status=status, oom_kills=oom_kills)
+        _tell(folder, attempt, fault)
+        cause = cause or fault.cause
     decision = decide(spec.job.recovery, folder.events(), cause=cause)
+    carry_out(folder, decision.effects, attempt=attempt)
     if decision.action == "requeue":
         folder.note_event("requeued", attempt=attempt, reason=cause, detail=decision.why)
         return promise_next(folder, attempt=attempt, reason=cause)
+    why = decision.why
     if decision.action == "hold":
-        hold(folder, attempt=attempt, step=None, why=decision.why)
+        shown = {} if fault is None or fault.line is None else {"log": fault.log, "line": fault.line}
+        why += f"; {shown['log']}: {shown['line']}" if shown and str(shown["line"]) not in why else ""
+        hold(folder, attempt=attempt, step=None, why=why, cause=cause, detail=shown or None)
     state: Literal["HELD", "FAILED"] = "HELD" if decision.action == "hold" else "FAILED"
-    write_result(folder, state, attempts=attempt + 1, reason=decision.why)
+    write_result(folder, state, attempts=attempt + 1, reason=why)
     return False
+
+
+def _tell(folder: RunFolder, attempt: int, fault: Fault) -> None:
+    """Write down what was found, unless a rank has said just that."""
+    failed = (event for event in folder.events() if event["event"] == "failed" and event.get("attempt") == attempt)
+    if not any(event.get("reason") == fault.why and cause_of(event) == fault.cause for event in failed):
+        folder.note_event(
+            "failed", attempt=attempt, rank=fault.rank, host=fault.host, cause=fault.cause, reason=fault.why
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,28 +85,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir, status = (sys.argv[1:] if argv is None else argv)[:2]
     folder = RunFolder(Path(run_dir))
     attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job_id = os.environ["SLURM_JOB_ID"]
+    note_end(folder, attempt=attempt, status=int(status), job_id=job_id)
     if folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("cancel"):
         return 0
     held = folder.promised("held")
     if held is not None:
         write_result(folder, "HELD", attempts=attempt + 1, reason=str(held.get("reason", "")))
         return 0
-    job_id = os.environ["SLURM_JOB_ID"]
     try:
         record = show_job(job_id)
         if record.state != "RUNNING":
             return 0
-        if close_failed_attempt(folder, attempt=attempt, status=int(status), cause=_cause(record)):
+        killed = oom_kills(job_id=job_id) or 0
+        if close_failed_attempt(folder, attempt=attempt, status=int(status), cause=_cause(record), oom_kills=killed):
             _request(folder, job_id, attempt)
     except CfeError as error:
         print(f"cfe_hpc: {error}", file=sys.stderr)
     return 0
 
 
-def _cause(record: JobRecord) -> Cause:
+def note_end(folder: RunFolder, *, attempt: int, status: int, job_id: str) -> None:
+    """Note that the ranks of an attempt have ended, and how much its batch script's log held by then."""
+    size_bytes = batch_err_bytes(folder, job_id)
+    name, meaning = f"ended-{attempt}", f"attempt {attempt} has ended with status {status}"
+    folder.note(name, meaning, status=status, job_id=job_id, batch_err_bytes=size_bytes)
+
+
+def _cause(record: JobRecord) -> Cause | None:
+    """Of a stop; None when none was under way."""
     if record.preempt_time is not None:
         return "preempted"
-    return "time_limit" if record.past_limit else "failed"
+    return "time_limit" if record.past_limit else None
 
 
 def _request(folder: RunFolder, job_id: str, attempt: int) -> None:

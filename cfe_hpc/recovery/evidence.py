@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.recovery.attempts import KILLED, cause_of, epoch_s
@@ -113,25 +113,31 @@ def first_word(events: Iterable[dict[str, Any]], *, attempt: int) -> dict[str, A
     return None if first is None else first.event
 
 
-def oom_kills(pid: int | Literal["self"] = "self") -> int | None:
-    """Processes that the kernel has killed for want of memory in the memory cgroup of a process, or in the whole of
-    its Slurm job where the kernel counts them there; None when there is no such count."""
+def oom_kills(*, job_id: str | None = None) -> int | None:
+    """Processes that the kernel has killed for want of memory in this process's memory cgroup, since that was made.
+
+    Args:
+        job_id: in the cgroup of this Slurm job instead, steps included where the kernel counts them there (version 2).
+
+    Returns:
+        None when there is no such cgroup, or no count.
+    """
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found: list[int] = []
     for line in lines:
         _, controllers, inside = line.split(":", 2)
         if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.events"
+            root, name = "/sys/fs/cgroup", "memory.events"
         elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+            root, name = "/sys/fs/cgroup/memory", "memory.oom_control"
         else:
             continue
-        folder = Path(f"{root}/{inside}")
-        jobs = [parent for parent in folder.parents if parent.name.startswith("job_")]
-        found += [count for each in (folder, *jobs) if (count := _count(each / name)) is not None]
+        own = Path(f"{root}{inside}")
+        folders = [own] if job_id is None else [each for each in (own, *own.parents) if each.name == f"job_{job_id}"]
+        found += [count for each in folders if (count := _count(each / name)) is not None]
     return max(found, default=None)
 
 
@@ -207,7 +213,8 @@ def _refined(folder: RunFolder, failure: _Failure) -> _Failure:
     for _, line in _rank_lines(folder, int(failure.event["attempt"]), rank, _LAST_LINES):
         cause = of_text(line)
         if cause != "failed":
-            return _Failure(cause=cause, event=failure.event, time_s=failure.time_s, killed=failure.killed)
+            event = {**failure.event, "reason": f"{reason}: {line.strip()[:_MAX_LINE]}"}
+            return _Failure(cause=cause, event=event, time_s=failure.time_s, killed=failure.killed)
     return failure
 
 
