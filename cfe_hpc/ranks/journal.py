@@ -145,6 +145,7 @@ class Journal:
                 "total_steps": total,
                 "startup_seconds": round(process_age_s(), 3),
                 "allocated_s": allocated_s(),
+                "restart": self._facts.restart,
                 "preflight": preflight,
             },
         )

@@ -50,7 +50,8 @@ class Watchdog:
         self._step_ended_s = self._sign_s = time.monotonic()
         self._patience_s = 0.0
         self._ends_attempts = facts.scheduler != "none"
-        self._note, self._note_of_all = f"hang-{facts.attempt}", f"hung-{facts.attempt}"
+        where = f"{facts.attempt}r{facts.restart}" if facts.restart else f"{facts.attempt}"
+        self._note, self._note_of_all = f"hang-{where}", f"hung-{where}"
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 

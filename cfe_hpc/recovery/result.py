@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
-from cfe_hpc.recovery import ledger
+from cfe_hpc.recovery import lead, ledger
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["add_metrics", "write_result"]
+__all__ = ["add_metrics", "close_books", "write_result"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ def write_result(
         final_step: steps done; as the events tell when None.
         weights_sha256: see ranks.weights; None when the run did not complete, or holds no weights.
     """
-    books = ledger.summarise(folder)
+    books = ledger.summarise(folder, completing_s=time.time() if state == "COMPLETED" else None)
+    measured = lead.measure(folder)
     counted = final_step is not None or books.last_step > 0 or books.total_steps is not None
     _write(
         folder,
@@ -45,12 +48,25 @@ def write_result(
             "final_step": (books.last_step if final_step is None else final_step) if counted else None,
             "attempts": attempts,
             "lost_steps": books.lost_steps if counted else None,
-            "goodput": books.goodput,
-            "wall_seconds": books.wall_seconds,
+            **_times(books),
             "weights_sha256": weights_sha256,
             "metrics": dict(metrics or {}),
+            "measured": None if measured is None else asdict(measured),
         },
     )
+
+
+def _times(books: ledger.Summary) -> dict[str, Any]:
+    return {"goodput": books.goodput, "wall_seconds": books.wall_seconds, "buckets": books.buckets}
+
+
+def close_books(folder: RunFolder) -> None:
+    """Bring the times of result.json, if there is one, up to the end of the last attempt: the ranks wrote them before
+    they ended, and their nodes were held a little longer. The batch script's epilogue, or the supervisor, calls it when
+    it has noted that end."""
+    result = folder.result()
+    if result is not None and result.get("state") is not None:
+        _write(folder, {**result, **_times(ledger.summarise(folder))})
 
 
 def add_metrics(folder: RunFolder, metrics: Mapping[str, float]) -> None:
