@@ -15,8 +15,11 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.ranks import signals
 from cfe_hpc.ranks.env import RankFacts, read_facts
+from cfe_hpc.ranks.inquest import examine
+from cfe_hpc.ranks.preflight import leave_avoided
 from cfe_hpc.ranks.scheduler import choose
-from cfe_hpc.ranks.stopping import Inquiry, conclude
+from cfe_hpc.ranks.stopping import Ended, Inquiry, conclude
+from cfe_hpc.recovery.causes import of_exception
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -34,13 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = _not_to_begin(folder, facts)
     if code is None and facts.rank == 0:
         code = _stopped_already(folder, spec, facts)
+        if code is None and "CFE_WORKER" not in os.environ:  # what started a worker has asked
+            code = examine(folder, spec, facts)
+        if code is None:
+            code = leave_avoided(folder, spec, facts)
     if code is not None:
         return code
-    if spec.job.command is not None:
+    by_launcher = spec.plan.launcher != "srun" and "CFE_WORKER" not in os.environ
+    if by_launcher or spec.job.command is not None:
+        from cfe_hpc.ranks.agent import run_agent
         from cfe_hpc.ranks.command import run_command
 
         try:
-            return run_command(folder, spec, facts)
+            return (run_agent if by_launcher else run_command)(folder, spec, facts)
         except CfeError as error:
             _report(folder, facts.attempt, facts.rank, error)
             return error.exit_code
@@ -55,6 +64,8 @@ def _not_to_begin(folder: RunFolder, facts: RankFacts) -> int | None:
     a `cancel` may cross with a requeue.
     """
     cancel, held = folder.promised("cancel"), folder.promised("held")
+    if facts.restart and folder.promised(f"requeued-{facts.attempt}") is not None:
+        return 0  # a launcher that starts the ranks again knows nothing of the attempt that follows
     if cancel is not None:
         print(f"cfe_hpc: {folder.run_id} was cancelled: no attempt begins", file=sys.stderr)
         if facts.rank == 0 and folder.result() is None:
@@ -101,7 +112,7 @@ def _run_entry(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         _leave_process_group()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if code and (run is None or not run.ended):
+        if code and not isinstance(end, Ended) and (run is None or not run.ended):
             _report(folder, facts.attempt, facts.rank, end)
         return code
     except BaseException as error:
@@ -131,7 +142,14 @@ def _report(folder: RunFolder, attempt: int, rank: int, error: BaseException) ->
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     try:
-        folder.append_event("failed", attempt=attempt, rank=rank, host=os.uname().nodename, reason=reason[:500])
+        folder.append_event(
+            "failed",
+            attempt=attempt,
+            rank=rank,
+            host=os.uname().nodename,
+            cause=of_exception(error),
+            reason=reason[:500],
+        )
     except OSError as unwritable:
         print(f"cfe_hpc: the event could not be written: {unwritable}", file=sys.stderr)
 
