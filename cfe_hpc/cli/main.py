@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "the logs of a run, one rank's or all merged"),
     "cancel": ("cancel", "stop a run for good"),
     "requeue": ("requeue", "save a run and put it back in the queue"),
+    "drill": ("drill", "send a run the signals of a preemption, and see whether it survives"),
     "checkpoints": ("checkpoints", "list, verify, compare, prune, pin and export a run's checkpoints"),
     "data": ("data", "build and check token files"),
     "sites": ("sites", "list and show site profiles, compare one with the cluster, write one"),

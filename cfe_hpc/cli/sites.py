@@ -43,7 +43,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     detect.add_argument("--name", metavar="N", help="name of the site; the cluster's own when left out")
     detect.add_argument("--output", metavar="FILE", type=Path, help="a new file; standard output when left out")
-    common.add_json_argument(detect)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,7 +136,6 @@ def _print_check(file: str, cluster: LiveCluster, found: list[Difference], missi
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from cfe_hpc.files import tomllib
     from cfe_hpc.sites.detect import profile_text
     from cfe_hpc.sites.live import read_cluster
 
@@ -151,9 +149,7 @@ def _detect(args: argparse.Namespace) -> int:
         except OSError as error:
             remedy = "name another, or remove it" if isinstance(error, FileExistsError) else "name another"
             raise UsageError(f"--output: {args.output}: {error.strerror}; {remedy}") from error
-    if args.json:
-        common.print_json(tomllib.loads(text))
-    elif args.output is None:
+    if args.output is None:
         sys.stdout.write(text)
     else:
         print(f"{args.output}: cluster {cluster.name}, Slurm {cluster.version}; look at the lines marked with ?")
