@@ -14,7 +14,7 @@ from launching import events, make_folder, make_spec
 
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.ranks.avoiding import exclude_option, heeded, tell_requeued
+from cfe_hpc.ranks.avoiding import exclude_option, tell_requeued
 from cfe_hpc.ranks.env import read_facts
 from cfe_hpc.ranks.preflight import leave_avoided
 from cfe_hpc.ranks.stopping import send_back
@@ -113,7 +113,7 @@ def test_a_job_is_kept_off_the_nodes_that_it_might_get(tmp_path: Path) -> None:
     assert exclude_option(folder, spec.plan) == []
     for node in ("n1", "gone", "n4"):
         exclude(runs_root(folder), exclusion(node))
-    assert exclude_option(folder, spec.plan) == ["--exclude=n1,n4"]
+    assert exclude_option(folder, spec.plan) == ["--exclude=n4,n1"]
     assert events(folder, "degraded") == []
 
 
