@@ -79,10 +79,10 @@ def test_the_first_error_names_rank_and_host_and_shows_the_end_of_its_log(
 
 def test_following_goes_across_a_requeue_until_the_run_ends(folder: RunFolder) -> None:
     argv = [sys.executable, "-m", "cfe_hpc", "logs", "-f", "--rank", "0", str(folder.path)]
-    follower = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    follower = subprocess.Popen(argv, stdout=subprocess.PIPE, bufsize=0)  # a buffer would keep lines from communicate
     try:
         assert follower.stdout is not None
-        assert follower.stdout.readline() == "[0.0] out 0 0\n"
+        assert follower.stdout.readline() == b"[0.0] out 0 0\n"
         with open(folder.logs / "41_2.1.0.out", "a") as stream:
             stream.write("half a li")
             stream.flush()
@@ -95,7 +95,7 @@ def test_following_goes_across_a_requeue_until_the_run_ends(folder: RunFolder) -
         follower.kill()
         follower.wait()
     assert follower.returncode == 0
-    assert rest.splitlines() == [
+    assert rest.decode().splitlines() == [
         "[0.0!] err 0 0",
         "[1.0] out 1 0",
         "[1.0!] err 1 0",

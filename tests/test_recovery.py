@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfe_hpc.config.job import Recovery
-from cfe_hpc.recovery.attempts import read_attempts
+from cfe_hpc.recovery.attempts import Leg, attempts_of, epoch_s, read_attempts
 from cfe_hpc.recovery.budgets import FRUITLESS_LIMIT, INTERRUPTED_LIMIT, decide
+from cfe_hpc.recovery.causes import CAUSES, Cause
+from cfe_hpc.recovery.effects import Adjustments, adjustments, carry_out
+from cfe_hpc.recovery.exclusions import excluded
 from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.runfolder import RunFolder
 
@@ -167,6 +170,174 @@ def test_attempts_that_end_without_a_word() -> None:
     events += attempt(2, resumed=6, saved=7, reason=None)
     assert [one.ended_by for one in read_attempts(events)] == ["node_failure", "preempted", None]
     assert decide(Recovery(node_failures=1), events, cause="node_failure").action == "hold"
+
+
+def failing(
+    number: int, cause: Cause, *, resumed: int | None = None, saved: int | None = None, **fields: Any
+) -> Events:
+    """An attempt that failed of a cause and was requeued for it; the last word is that it was."""
+    failed = {"event": "failed", "attempt": number, "cause": cause, "reason": f"{cause} {number}", **fields}
+    return [
+        *attempt(number, resumed=resumed, saved=saved, reason=None),
+        failed,
+        {"event": "requeued", "attempt": number, "reason": cause},
+    ]
+
+
+@pytest.mark.parametrize("row", [row for row in CAUSES if row.budget is not None], ids=lambda row: row.cause)
+def test_every_cause_with_a_budget_is_followed_by_as_many_attempts(row: Any) -> None:
+    recovery = Recovery.model_validate({row.budget: 2})
+    events: Events = []
+    for number in range(3):
+        saved = 10 * number + 10
+        events += failing(number, row.cause, resumed=10 * number or None, saved=saved)
+        decision = decide(recovery, events[:-1], cause=row.cause)
+        assert decision.action == ("requeue" if number < 2 else row.spent), decision.why
+    assert f"{row.word} number 3; the job allows 2 (recovery.{row.budget})" in decision.why
+
+
+def test_causes_that_share_a_budget_are_counted_together() -> None:
+    events = failing(0, "data", saved=10) + failing(1, "failed", resumed=10, saved=20)[:-1]
+    assert decide(Recovery(failures=2), events, cause="failed").action == "requeue"
+    assert decide(Recovery(failures=1), events, cause="failed").action == "fail"
+
+
+def test_an_error_of_configuration_is_never_tried_again() -> None:
+    events = failing(0, "configuration", saved=10)[:-1]
+    decision = decide(Recovery(failures=9), events, cause="configuration")
+    assert (decision.action, decision.why) == (
+        "fail",
+        "configuration error, which no other attempt mends: configuration 0",
+    )
+
+
+def test_two_attempts_of_their_own_without_a_step_hold() -> None:
+    events = failing(0, "hang", saved=10) + failing(1, "hang", resumed=10)
+    assert decide(Recovery(hangs=9), events[:-1], cause="hang").action == "requeue"
+    events += failing(2, "communication", resumed=10)[:-1]
+    decision = decide(Recovery(hangs=9), events, cause="communication")
+    assert decision.action == "hold"
+    assert decision.why == (
+        "2 attempts in a row ended without a step gained, at step 10 (the last one by communication error): "
+        "communication 2"
+    )
+
+
+def test_an_interrupted_start_up_and_one_failure_are_not_yet_a_pattern() -> None:
+    events = attempt(0, resumed=None, saved=None, reason="preempted") + failing(1, "hang")
+    assert decide(Recovery(), events[:-1], cause="hang").action == "requeue"
+    # It had done steps, and could not save them.
+    late = [*attempt(0, resumed=None, saved=None, reason="preempted")]
+    late.insert(-1, {"event": "signal", "attempt": 0, "step": 7})
+    assert decide(Recovery(), late + failing(1, "hang")[:-1], cause="hang").action == "hold"
+
+
+def test_a_halved_micro_batch_is_a_change_worth_another_attempt() -> None:
+    events: Events = []
+    for number in range(4):
+        events += failing(number, "oom_device")
+        decision = decide(Recovery(), events[:-1], cause="oom_device")
+        assert decision.action == "requeue", decision.why
+        (effect,) = decision.effects
+        events.append({"event": "degraded", "attempt": number, "reason": effect.reason, "detail": dict(effect.detail)})
+        assert adjustments(events).micro_batch_divisor == 2 ** (number + 1)
+    events += failing(4, "oom_device")
+    decision = decide(Recovery(), events[:-1], cause="oom_device")
+    assert (decision.action, decision.effects) == ("hold", ())
+    assert decide(Recovery(), events + attempt(5, resumed=None, saved=None, reason=None), cause="preempted").action == (
+        "requeue"
+    )
+
+
+def rolled_back(number: int, step: int, **detail: Any) -> dict[str, Any]:
+    return {"event": "rolled_back", "attempt": number, "step": step, "reason": "nan", "detail": detail}
+
+
+def test_each_roll_back_is_paid_for_once() -> None:
+    events = attempt(0, resumed=None, saved=10, reason=None)
+    for count in range(1, 4):
+        decision = decide(Recovery(), events, cause="nan")
+        assert (decision.action, decision.why) == ("requeue", f"value that is not finite number {count}, of 3 allowed")
+        events.append(rolled_back(0, 10))
+    assert decide(Recovery(), events, cause="nan").action == "hold"
+
+
+def test_a_roll_back_to_the_very_start_is_paid_for_once() -> None:
+    """Without a checkpoint the attempt rolls back, which is counted, and then ends."""
+    events = [*attempt(0, resumed=None, saved=None, reason=None), rolled_back(0, 0)]
+    events.append({"event": "failed", "attempt": 0, "cause": "nan", "reason": "NonFinite: loss is nan"})
+    assert decide(Recovery(nans=1), events, cause="nan").action == "requeue"
+    events.append({"event": "requeued", "attempt": 0, "reason": "nan"})
+    events += attempt(1, resumed=None, saved=None, reason=None)
+    assert decide(Recovery(nans=1), events, cause="nan").action == "hold"
+    # A script that raises by itself has rolled nothing back.
+    assert decide(Recovery(nans=1), failing(0, "nan")[:-1], cause="nan").action == "requeue"
+    assert decide(Recovery(nans=1), failing(0, "nan") + failing(1, "nan")[:-1], cause="nan").action == "hold"
+
+
+def test_what_roll_backs_and_halvings_ask_for() -> None:
+    events: Events = [
+        rolled_back(0, 4, samples=[8, 16], lr_scale=0.5),
+        {"event": "held", "attempt": 0},
+        {"event": "degraded", "reason": "micro_batch_halved", "detail": {"divisor": 2}},
+        {"event": "degraded", "reason": "fewer_nodes", "detail": {"divisor": 7}},
+        rolled_back(1, 4, samples=[24, 32], lr_scale=0.25),
+        rolled_back(1, 4, samples=None),
+    ]
+    assert adjustments(events) == Adjustments(micro_batch_divisor=2, lr_scale=0.25, skipped=((8, 16), (24, 32)))
+    assert adjustments([]) == Adjustments()
+
+
+def test_nodes_that_failed_are_avoided_for_a_while(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "job" / "run")
+    folder.path.mkdir(parents=True)
+    events = failing(0, "node_failure", saved=10, host="n3") + failing(1, "node_unfit", resumed=10, saved=20, host="n4")
+    assert decide(Recovery(exclude_nodes_for=0.0), events[:-1], cause="node_unfit").effects == ()
+    decision = decide(Recovery(node_failures=1, exclude_nodes_for=60.0), events[:-1], cause="node_unfit")
+    assert decision.action == "hold"
+    carry_out(folder, decision.effects, attempt=1)
+    (event,) = folder.events()
+    until_s = epoch_s(event["detail"]["until"])
+    assert (event["reason"], event["detail"]["node"]) == ("node_excluded", "n4")
+    assert until_s is not None
+    (exclusion,) = excluded(tmp_path / "runs", now_s=until_s - 1)
+    assert (exclusion.node, exclusion.cause, exclusion.why) == ("n4", "node_unfit", "node_unfit 1")
+
+
+def test_a_restart_inside_the_allocation_is_a_failure_of_its_own() -> None:
+    events = attempt(0, resumed=None, saved=10, reason=None, error="RuntimeError: a")
+    events.append({"event": "started", "attempt": 0, "detail": {"restart": 1, "job_id": "7", "hosts": ["n1", "n2"]}})
+    events += [{"event": "resumed", "attempt": 0, "step": 10}, {"event": "checkpoint_saved", "attempt": 0, "step": 20}]
+    events.append({"event": "failed", "attempt": 0, "reason": "RuntimeError: a", "rank": 0})
+    first, second = read_attempts(events)
+    assert (first.number, first.restart, first.ended_by, first.saved_step) == (0, 0, "failed", 10)
+    assert (second.number, second.restart, second.resumed_from, second.hosts) == (0, 1, 10, ("n1", "n2"))
+    decision = decide(Recovery(failures=5), events, cause="failed")
+    assert (decision.action, decision.why) == ("hold", "the same first error twice: RuntimeError: a")
+
+
+def test_a_roll_back_begins_a_leg_and_takes_what_was_saved_after_it(tmp_path: Path) -> None:
+    events = [
+        {"event": "started", "attempt": 0, "time": stamp(10), "detail": {"startup_seconds": 4.0, "allocated_s": 5.5}},
+        {"event": "resumed", "attempt": 0, "step": 5, "time": stamp(11)},
+        {"event": "checkpoint_saved", "attempt": 0, "step": 20, "time": stamp(20)},
+        {**rolled_back(0, 10), "time": stamp(30)},
+    ]
+    folder = write_run(tmp_path, events, [])
+    folder.promise("ended-0", status=0)
+    (only,) = attempts_of(folder)
+    assert only.legs == [Leg(step=5, began_s=epoch_s(stamp(11))), Leg(step=10, began_s=epoch_s(stamp(30)))]
+    assert (only.saved_step, only.undone, only.allocated_s) == (10, 1, 5.5)
+    assert only.started_s == epoch_s(stamp(6))
+    assert only.ended_s is not None and only.ended_s > only.started_s
+
+
+def test_an_end_that_the_next_attempt_looked_into_is_no_guess() -> None:
+    events = attempt(0, resumed=None, saved=5, reason=None, error="RuntimeError: Connection closed by peer")
+    events.append({"event": "signal", "attempt": 0, "reason": "SIGTERM"})
+    events.append({"event": "failed", "attempt": 0, "host": "n3", "cause": "node_failure", "reason": "node n3 failed"})
+    first, _ = read_attempts(events + attempt(1, resumed=5, saved=6, reason=None))
+    assert (first.ended_by, first.cause, first.bad_hosts) == ("node_failure", "node_failure", ("n3",))
 
 
 WORDS = st.sampled_from(["started", "failed", "requeued", "held", "x"])

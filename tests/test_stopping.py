@@ -204,7 +204,10 @@ def test_a_path_that_looks_like_a_field_changes_no_record() -> None:
 def test_the_batch_script_holds_what_the_ranks_had_no_time_to_hold(folder: RunFolder) -> None:
     folder.promise("held", reason="two preemptions")
     done = subprocess.run(
-        [sys.executable, "-m", "cfe_hpc.ranks.epilogue", str(folder.path), "1"], capture_output=True, timeout=60
+        [sys.executable, "-m", "cfe_hpc.ranks.epilogue", str(folder.path), "1"],
+        env={**os.environ, "SLURM_JOB_ID": "41"},
+        capture_output=True,
+        timeout=60,
     )
     assert done.returncode == 0
     result = json.loads(folder.result_path.read_text())
