@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _stopped_already(folder, spec, facts)
         if code is None and "CFE_WORKER" not in os.environ:  # what started a worker has asked
             code = examine(folder, spec, facts)
-        if code is None:
-            code = leave_avoided(folder, spec, facts)
+            code = leave_avoided(folder, spec, facts) if code is None else code
     if code is not None:
         return code
     by_launcher = spec.plan.launcher != "srun" and "CFE_WORKER" not in os.environ
