@@ -43,7 +43,8 @@ def differences(site: Site, cluster: LiveCluster) -> list[Difference]:
     if cluster.qos is not None:
         for name, qos in site.qos.items():
             found += _of_qos(name, qos, cluster)
-    return [*found, *_of_slurm(site, cluster)]
+    found += _of_slurm(site, cluster)
+    return list(dict.fromkeys(found))  # partitions may share their hardware
 
 
 def unstated(site: Site, cluster: LiveCluster) -> dict[str, str]:

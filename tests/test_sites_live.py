@@ -1,0 +1,312 @@
+"""What a live Slurm says, read, written as a profile, and compared with one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm.cluster import Cluster
+from spine.harness import cfe
+
+from cfe_hpc.cli.main import main
+from cfe_hpc.config.load import load_site
+from cfe_hpc.config.site import Preemption, Site
+from cfe_hpc.errors import SchedulerError
+from cfe_hpc.files import tomllib
+from cfe_hpc.sites.compare import differences, unstated
+from cfe_hpc.sites.detect import profile_text
+from cfe_hpc.sites.live import Kind, LiveCluster, parse_cluster, read_cluster
+
+CAPTURED = Path(__file__).resolve().parent / "captured" / "slurm-22.05.8"
+SAID = {name: (CAPTURED / f"{name}.txt").read_text() for name in ("config", "partition", "node", "qos")}
+
+BY_QOS = """\
+normal||cluster|00:00:00|
+high|normal,scavenger|cluster|00:00:00|2-00:00:00
+scavenger||requeue|00:02:00|08:00:00
+a|b|low|suspend|00:00:00|
+"""
+
+
+def live(**changes: Any) -> LiveCluster:
+    """The captured cluster, with words of its answers replaced: name=(old, new) or a new text."""
+    said = dict(SAID)
+    for name, change in changes.items():
+        if isinstance(change, tuple):
+            assert change[0] in said[name]
+            said[name] = said[name].replace(*change)
+        else:
+            said[name] = change
+    return parse_cluster(said["config"], said["partition"], said["node"], said["qos"])
+
+
+def config(key: str, old: str, new: str) -> LiveCluster:
+    return live(config=(f"{key:<23} = {old}\n", f"{key:<23} = {new}\n"))
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Callable[[LiveCluster], Site]:
+    """The profile of a cluster, as `load_site` reads it from a file."""
+
+    def load(cluster: LiveCluster) -> Site:
+        path = tmp_path / "detected.toml"
+        path.write_text(profile_text(cluster), encoding="utf-8")
+        return load_site(str(path), {})[0]
+
+    return load
+
+
+def partition_of(cluster: LiveCluster, name: str) -> Any:
+    return next(partition for partition in cluster.partitions if partition.name == name)
+
+
+def test_what_slurm_22_05_says_is_read() -> None:
+    cluster = live()
+    assert (cluster.name, cluster.version, cluster.proctrack) == ("minislurm", "22.05.8", "linuxproc")
+    assert (cluster.preempt_type, cluster.mode, cluster.user_signal) == ("partition_prio", "requeue", False)
+    assert (cluster.kill_wait_s, cluster.over_time_limit_s, cluster.array_max) == (5.0, 0.0, 1001)
+    assert (cluster.job_requeue, cluster.max_batch_requeue, cluster.signal_children) == (True, None, None)
+    spot = partition_of(cluster, "spot")
+    assert (spot.mode, spot.grace_s, spot.time_limit_s, spot.default_time_s) == ("requeue", 10.0, 86_400.0, 1800.0)
+    assert spot.kinds == ((Kind(gres="gpu:h200", devices=4, cores=8, memory_mib=8000), 2),)
+    assert (spot.nodes_max, spot.default, spot.open) == (2, False, True)
+    assert partition_of(cluster, "gpu").default
+
+
+def test_later_versions_say_more() -> None:
+    cluster = live(
+        config=(
+            "\nSlurmctld(primary)",
+            "PreemptParameters       = min_exempt_priority=5,send_user_signal\nMaxBatchRequeue         = 3\n\n"
+            "Cgroup Support Configuration:\nSignalChildrenProcesses = yes\nClusterName = other\n\nSlurmctld(primary)",
+        )
+    )
+    assert (cluster.user_signal, cluster.max_batch_requeue, cluster.signal_children) == (True, 3, True)
+    assert cluster.name == "minislurm"
+
+
+def test_the_user_signal_of_22_05_is_a_parameter_of_slurmctld() -> None:
+    cluster = config("SlurmctldParameters", "(null)", "idle_on_node_suspend,preempt_send_user_signal")
+    assert cluster.preemption(partition_of(cluster, "spot")) == Preemption(mode="requeue", grace=10, user_signal=True)
+
+
+@pytest.mark.parametrize(
+    ("shown", "mode"),
+    [("GANG,SUSPEND", "suspend"), ("SUSPEND", "suspend"), ("CANCEL", "cancel"), ("GANG", "off"), ("OFF", "off")],
+)
+def test_modes_may_be_lists(shown: str, mode: str) -> None:
+    cluster = live(partition=("PreemptMode=REQUEUE", f"PreemptMode={shown}"))
+    assert cluster.preemption(partition_of(cluster, "spot")).mode == mode
+
+
+def test_without_preemption_no_partition_preempts() -> None:
+    cluster = config("PreemptType", "preempt/partition_prio", "preempt/none")
+    assert cluster.preemption(partition_of(cluster, "spot")) == Preemption()
+
+
+@pytest.mark.parametrize(("shown", "seconds"), [("10 min", 600.0), ("UNLIMITED", None)])
+def test_over_time_limit_is_in_minutes(shown: str, seconds: float | None) -> None:
+    assert config("OverTimeLimit", "0 min", shown).over_time_limit_s == seconds
+
+
+def by_qos(qos: str = BY_QOS) -> LiveCluster:
+    return live(config=("preempt/partition_prio", "preempt/qos"), qos=qos)
+
+
+def test_where_qos_decide_only_those_that_another_may_preempt_are_preempted(
+    loaded: Callable[[LiveCluster], Site],
+) -> None:
+    cluster = by_qos()
+    site = loaded(cluster)
+    assert site.qos["scavenger"].preemption == Preemption(mode="requeue", grace=120.0)
+    assert site.qos["scavenger"].time_limit == 28_800.0
+    assert site.qos["high"].preemption == Preemption()
+    # "cluster" is the cluster's own mode; the partition's says nothing.
+    assert site.partitions["spot-cancel"].preemption == Preemption(mode="requeue", grace=0.0)
+    assert site.qos["a|b"].preemption == Preemption()
+    assert differences(site, cluster) == []
+
+
+def test_a_qos_that_sacctmgr_hides_is_asked_of_people() -> None:
+    said = {**SAID, "config": SAID["config"].replace("preempt/partition_prio", "preempt/qos")}
+    cluster = parse_cluster(said["config"], said["partition"], said["node"], None)
+    text = profile_text(cluster)
+    assert 'preemption = {mode = "requeue", grace = "0s"}  # ? its QOS decides' in text
+
+
+def test_the_profile_of_a_cluster_does_not_differ_from_it(loaded: Callable[[LiveCluster], Site]) -> None:
+    cluster = live()
+    site = loaded(cluster)
+    assert (differences(site, cluster), unstated(site, cluster)) == ([], {})
+    assert site.default_partition == "gpu"
+    assert site.partitions["spot-cancel"].preemption == Preemption(mode="cancel", grace=10.0)
+    assert {name: table.accelerator for name, table in site.hardware.items()} == {"h200": "cuda", "gaudi3": "hpu"}
+
+
+def test_names_that_toml_must_quote_and_remarks_that_look_like_keys(loaded: Callable[[LiveCluster], Site]) -> None:
+    cluster = live(
+        partition=("PartitionName=spot ", "PartitionName=größe.1#x "),
+        node=("Partitions=gpu,spot,", "Reason=bad NodeName=x CPUTot=0 [root@1] Partitions=gpu,größe.1#x,"),
+    )
+    site = loaded(cluster)
+    assert site.partitions["größe.1#x"].preemption.mode == "requeue"
+    assert site.hardware["h200"].cores_per_node == 8
+    assert differences(site, cluster) == []
+
+
+def test_kinds_of_node_in_one_partition(loaded: Callable[[LiveCluster], Site]) -> None:
+    first, *others = SAID["node"].splitlines()
+    odd = first.replace("NodeName=g1", "NodeName=g3").replace("gpu:gaudi3:8", "gpu:gaudi3:4(S:0-1),shard:8")
+    plain = first.replace("NodeName=g1", "NodeName=g4").replace("Gres=gpu:gaudi3:8", "Gres=(null)")
+    cluster = live(node="\n".join([first, *others, odd, plain.replace("=gaudi ", "=cpu ")]))
+    kinds = partition_of(cluster, "gaudi").kinds
+    assert [(kind.devices, count) for kind, count in kinds] == [(8, 2), (4, 1)]
+    assert "# of 2 nodes; 1 others differ" in profile_text(cluster)
+    assert loaded(cluster).hardware["gaudi3"].devices_per_node == 8
+
+
+def test_partitions_where_no_job_starts_are_left_out() -> None:
+    cluster = live(partition=("PreemptMode=CANCEL State=UP", "PreemptMode=CANCEL State=INACTIVE"))
+    text = profile_text(cluster)
+    assert '# left out, for want of nodes or because no user\'s job starts there: ["spot-cancel"]' in text
+    assert "[partitions.spot-cancel]" not in text
+
+
+def test_a_cluster_without_a_partition_is_refused() -> None:
+    with pytest.raises(SchedulerError, match="no partition"):
+        profile_text(live(partition=("State=UP", "State=DOWN")))
+
+
+SPOT = 'mode = "requeue", grace = "10s"'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "profile", "there"),
+    [
+        (SPOT, 'mode = "requeue", grace = "1m"', "partitions.spot.preemption.grace", '"1m"', '"10s"'),
+        (SPOT, 'mode = "cancel", grace = "10s"', "partitions.spot.preemption.mode", '"cancel"', '"requeue"'),
+        (SPOT, f"{SPOT}, user_signal = true", "partitions.spot.preemption.user_signal", "true", "false"),
+        ('kill_wait = "5s"', 'kill_wait = "30s"', "slurm.kill_wait", '"30s"', '"5s"'),
+        ('version = "22.05.8"', 'version = "24.05.1"', "slurm.version", '"24.05.1"', '"22.05.8"'),
+        ("array_max = 1001", "array_max = 5001", "slurm.array_max", "5001", "1001"),
+        ("[partitions.gaudi]", "[partitions.gaudi2]", "partitions.gaudi2", '"gaudi2"', None),
+        ('"gpu:gaudi3:', '"gpu:hl:', "hardware.gaudi3.gres", '"gpu:hl:{devices}"', '"gpu:gaudi3:{devices}"'),
+        ("[slurm]", "[qos.fast]\n[slurm]", "qos.fast", '"fast"', None),
+    ],
+)
+def test_what_differs_is_named_with_both_values(
+    tmp_path: Path, old: str, new: str, key: str, profile: str, there: str | None
+) -> None:
+    text = profile_text(live())
+    assert old in text
+    path = tmp_path / "site.toml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    (difference,) = differences(load_site(str(path), {})[0], live())
+    assert (difference.key, difference.profile, difference.cluster) == (key, profile, there)
+
+
+@pytest.mark.parametrize(
+    ("key", "less", "more", "shown"),
+    [
+        ("partitions.gpu.time_limit", "12h", "2d", '"2d"'),
+        ("partitions.gpu.nodes_max", 1, 3, "3"),
+        ("hardware.h200.devices_per_node", 3, 5, "5"),
+        ("hardware.h200.cores_per_node", 4, 9, "9"),
+        ("hardware.h200.memory", "1GiB", "8GiB", '"8 GiB"'),
+    ],
+)
+def test_limits_differ_only_where_the_profile_allows_more(key: str, less: Any, more: Any, shown: str) -> None:
+    def found(value: Any) -> list[tuple[str, str]]:
+        table: dict[str, Any] = tomllib.loads(profile_text(live()))
+        outer, inner, name = key.split(".")
+        table[outer][inner][name] = value
+        table["partitions"]["gpu"].pop("default_time")
+        return [(each.key, each.profile) for each in differences(Site.model_validate(table), live())]
+
+    assert found(less) == []
+    assert found(more) == [(key, shown)]
+
+
+def test_keys_of_slurm_that_a_profile_leaves_out_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(profile_text(live()).replace('version = "22.05.8"', ""), encoding="utf-8")
+    site, _ = load_site(str(path), {})
+    assert differences(site, live()) == []
+    assert unstated(site, live()) == {"slurm.version": '"22.05.8"'}
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder first on PATH with programs that answer as the captured cluster; sacctmgr refuses."""
+    for name, text in SAID.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    programs = {
+        "scontrol": f'cat "{tmp_path}/$2"',
+        "sacctmgr": "echo 'sacctmgr: error: Access/permission denied' >&2; exit 1",
+    }
+    for name, line in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "bin"
+
+
+def test_accounting_that_refuses_is_said_so(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "detect", "--name", "mine", "--output", "mine.toml"]) == 0
+    assert "nothing is said of QOS" in (said := capsys.readouterr()).err
+    assert "mine.toml" in said.out
+    assert main(["sites", "check", "mine.toml"]) == 0
+    assert "nothing differs from cluster minislurm, Slurm 22.05.8" in capsys.readouterr().out
+    assert main(["sites", "detect", "--output", "mine.toml"]) == 2
+    assert "mine.toml: File exists; name another" in capsys.readouterr().err
+
+
+def test_a_cluster_in_unknown_words_is_told_in_one_line(pretended: Path) -> None:
+    (pretended / "scontrol").write_text("#!/bin/sh\necho surprise\n")
+    with pytest.raises(SchedulerError, match="words that this version does not know"):
+        read_cluster()
+
+
+def test_check_names_differences_and_exits_with_1(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "detect", "--output", "mine.toml"]) == 0
+    mine = Path("mine.toml")
+    mine.write_text(
+        mine.read_text().replace('kill_wait = "5s"', 'kill_wait = "1m"').replace("job_requeue = true\n", "")
+    )
+    capsys.readouterr()
+    assert main(["sites", "check", "mine.toml"]) == 1
+    printed = capsys.readouterr().out
+    assert 'slurm.kill_wait: the profile says "1m", it is "5s"\n' in printed
+    assert "slurm.job_requeue: not in the profile; it is true\n" in printed
+    assert main(["sites", "check", "mine.toml", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [found["key"] for found in document["differences"]] == ["slurm.kill_wait"]
+    assert document["unstated"] == {"slurm.job_requeue": "true"}
+
+
+def test_without_slurm_the_exit_code_is_3_and_without_a_scheduler_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main(["sites", "check", "minislurm"]) == 3
+    assert main(["sites", "check", "local"]) == 2
+    assert "has no scheduler to ask" in capsys.readouterr().err
+
+
+@pytest.mark.slurm
+def test_a_real_cluster_agrees_with_what_was_detected_and_with_the_shipped_profile(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    done = cfe("sites", "detect", "--output", "found.toml", cwd=tmp_path, env=cluster.env)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("found.toml", "minislurm"):
+        done = cfe("sites", "check", name, "--json", cwd=tmp_path, env=cluster.env)
+        document = json.loads(done.stdout)
+        assert (done.returncode, document["differences"], document["unstated"]) == (0, [], {}), done.stdout
+        assert document["qos_refusal"] is None
