@@ -25,7 +25,7 @@ from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt, note_end
 from cfe_hpc.recovery.attempts import KILLED
 from cfe_hpc.recovery.evidence import oom_kills
-from cfe_hpc.recovery.result import write_result
+from cfe_hpc.recovery.result import close_books, write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Attempt", "main", "supervise"]
@@ -148,6 +148,7 @@ def _another_follows(folder: RunFolder, attempt: Attempt) -> bool:
     """Decide what comes after an attempt, whose ranks may have ended in any way."""
     number = attempt.number
     if folder.result() is not None:
+        close_books(folder)
         return False
     if folder.promised("cancel") is not None:
         _write_end(folder, "CANCELLED", attempt=number, reason="cancelled by the user")

@@ -24,7 +24,7 @@ from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.recovery.effects import carry_out
 from cfe_hpc.recovery.evidence import Fault, batch_err_bytes, find, oom_kills
-from cfe_hpc.recovery.result import write_result
+from cfe_hpc.recovery.result import close_books, write_result
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["close_failed_attempt", "main", "note_end"]
@@ -87,22 +87,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     job_id = os.environ["SLURM_JOB_ID"]
     note_end(folder, attempt=attempt, status=int(status), job_id=job_id)
-    if folder.result() or folder.promised(f"requeued-{attempt}") or folder.promised("cancel"):
-        return 0
+    if folder.result() is not None:
+        close_books(folder)
+    else:
+        _conclude(folder, attempt=attempt, status=int(status), job_id=job_id)
+    return 0
+
+
+def _conclude(folder: RunFolder, *, attempt: int, status: int, job_id: str) -> None:
+    """Have another attempt, or a result, where the ranks have left neither."""
+    if folder.promised(f"requeued-{attempt}") or folder.promised("cancel"):
+        return
     held = folder.promised("held")
     if held is not None:
         write_result(folder, "HELD", attempts=attempt + 1, reason=str(held.get("reason", "")))
-        return 0
+        return
     try:
         record = show_job(job_id)
         if record.state != "RUNNING":
-            return 0
+            return
         killed = oom_kills(job_id=job_id) or 0
-        if close_failed_attempt(folder, attempt=attempt, status=int(status), cause=_cause(record), oom_kills=killed):
+        if close_failed_attempt(folder, attempt=attempt, status=status, cause=_cause(record), oom_kills=killed):
             _request(folder, job_id, attempt)
     except CfeError as error:
         print(f"cfe_hpc: {error}", file=sys.stderr)
-    return 0
 
 
 def note_end(folder: RunFolder, *, attempt: int, status: int, job_id: str) -> None:
