@@ -169,7 +169,7 @@ def test_an_attempt_on_an_avoided_node_goes_back_once(tmp_path: Path, told: Path
     exclude(runs_root(folder), exclusion("n2"))
     assert leave_avoided(folder, spec, facts) == 0
     (back,) = events(folder, "requeued")
-    assert (back["reason"], back["attempt"]) == ("node_unfit", 0)
+    assert (back["reason"], back["attempt"]) == ("requeue_requested", 0)
     assert "n2 is avoided since r failed there: it died" in back["detail"]
     assert "requeue 7" in (told / "asked").read_text().splitlines()
     assert leave_avoided(folder, spec, facts) is None

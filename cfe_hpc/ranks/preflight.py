@@ -131,7 +131,7 @@ def require(folder: RunFolder, spec: RunSpec, place: Place) -> Preflight | None:
 def leave_avoided(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int | None:
     """Send an attempt back that Slurm has put on a node to avoid; once for each node, lest it goes round in circles.
 
-    Rank 0 calls it before it meets the others, whom the requeue ends.
+    Nothing has failed: it spends no budget. Rank 0 calls it before it meets the others, whom the requeue ends.
 
     Returns:
         The status to exit with; None to go on.
@@ -142,9 +142,14 @@ def leave_avoided(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int | N
         if _first_time(folder, exclusion.node):
             why = f"{exclusion.node} is avoided since {exclusion.run_id} failed there: {exclusion.why}"
             logger.warning("%s; the run is sent back", why)
-            scheduler = choose(folder, facts, spec.plan)
             verdict = send_back(
-                folder, scheduler, spec, SoloGroup(), cause="node_unfit", why=why, attempt=facts.attempt
+                folder,
+                choose(folder, facts, spec.plan),
+                spec,
+                SoloGroup(),
+                cause="requeue_requested",
+                why=why,
+                attempt=facts.attempt,
             )
             return verdict.exit_code
     return None
