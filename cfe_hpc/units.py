@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_duration", "format_size", "parse_duration_s", "parse_size_bytes", "slurm_time"]
+__all__ = ["format_duration", "format_seconds", "format_size", "parse_duration_s", "parse_size_bytes", "slurm_time"]
 
 _DURATION_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|[wdhms])", re.IGNORECASE | re.ASCII)
@@ -58,6 +58,11 @@ def format_duration(seconds: float) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts) or "0s"
+
+
+def format_seconds(seconds: float) -> str:
+    """A measured time in seconds, with no more digits than it is worth: "0.41 s", "3.5 s", "210 s"."""
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 def slurm_time(seconds: float) -> str:

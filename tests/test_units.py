@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfe_hpc.units import format_duration, format_size, parse_duration_s, parse_size_bytes, slurm_time
+from cfe_hpc.units import format_duration, format_seconds, format_size, parse_duration_s, parse_size_bytes, slurm_time
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,11 @@ def test_no_sizes(text: str | int) -> None:
 @given(st.integers(0, 2**60))
 def test_sizes_shown_are_within_half_a_percent(size_bytes: int) -> None:
     assert parse_size_bytes(format_size(size_bytes)) == pytest.approx(size_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 s"), (0.0123, "0.012 s"), (0.41, "0.41 s"), (9.94, "9.9 s"), (9.96, "10 s"), (1234.5, "1234 s")],
+)
+def test_measured_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

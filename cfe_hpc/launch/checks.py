@@ -20,7 +20,7 @@ from cfe_hpc.errors import Problem
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.recovery.contract import fits
 from cfe_hpc.recovery.lead import Measured, need_s
-from cfe_hpc.units import format_duration, format_size
+from cfe_hpc.units import format_duration, format_seconds, format_size
 
 __all__ = ["CHECKS", "Finding", "check", "cost_of_attempt"]
 
@@ -144,7 +144,7 @@ def _short_grace(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found
         what = f"preemption leaves less time to save than the {plan.signal_lead_s} s that the site thinks are needed"
         remedy = "save often, or choose another partition"
     else:
-        what = f"a step and a save took {need_s(measured):.3g} s in an earlier run: preemption comes sooner"
+        what = f"a step and a save took {format_seconds(need_s(measured))} in an earlier run: preemption comes sooner"
         remedy = "saves come more often by themselves; or set checkpoint.every"
         if not loaded.job.recovery.adapt_saves:
             remedy = "set checkpoint.every, or recovery.adapt_saves = true"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfe_hpc.recovery.attempts import epoch_s
+from cfe_hpc.units import format_seconds
 
 __all__ = ["Check", "Evidence", "checks", "times_s"]
 
@@ -97,7 +98,7 @@ def _saved(seen: Evidence) -> Check:
         why = "no checkpoint was saved" if failed is None else f"the save failed: {failed.get('reason')}"
         return Check(name="saved", ok=False, text=why)
     ok = seen.step is not None and saved.get("step") == seen.step
-    return Check(name="saved", ok=ok, text=f"step {saved.get('step')} in {saved.get('seconds', 0):.3g} s")
+    return Check(name="saved", ok=ok, text=f"step {saved.get('step')} in {format_seconds(saved.get('seconds', 0.0))}")
 
 
 def _whole(seen: Evidence) -> Check:

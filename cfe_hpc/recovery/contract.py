@@ -12,7 +12,7 @@ from typing import Literal
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Site
 from cfe_hpc.recovery.lead import Measured, need_s
-from cfe_hpc.units import format_duration
+from cfe_hpc.units import format_duration, format_seconds
 
 __all__ = ["exit_in_grace", "fits", "sentence"]
 
@@ -77,4 +77,5 @@ def _room(plan: Plan, measured: Measured | None) -> str:
     if measured is None or fit is None:
         return "; how long a save takes is not known yet"
     verdict = "fits" if fit else "does not fit"
-    return f"; measured: save {measured.save_p95_s:.2g} s + step {measured.step_p95_s:.2g} s (p95): {verdict}"
+    save, step = format_seconds(measured.save_p95_s), format_seconds(measured.step_p95_s)
+    return f"; measured: save {save} + step {step} (p95): {verdict}"
