@@ -11,7 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SCRIPT", "Cluster", "why_impossible"]
 
@@ -42,13 +45,13 @@ class Cluster:
         self._killed: set[str] = set()
         self._guard: subprocess.Popen[bytes] | None = None
 
-    @staticmethod
-    def start(*options: str) -> Cluster:
+    @classmethod
+    def start(cls, *options: str) -> Self:
         """Bring a cluster up in a new folder with a short path; `options` are those of `scripts/slurm up`.
 
         It goes down with stop(), and also when this process dies in any other way.
         """
-        cluster = Cluster(Path(tempfile.mkdtemp(prefix="cfe-slurm-", dir="/tmp")))
+        cluster = cls(Path(tempfile.mkdtemp(prefix="cfe-slurm-", dir="/tmp")))
         slurm = [sys.executable, str(SCRIPT), "--dir", str(cluster.root)]
         # The guard reads until its standard input closes, which the kernel does for us even after a SIGKILL.
         cluster._guard = subprocess.Popen(
