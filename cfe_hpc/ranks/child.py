@@ -75,14 +75,18 @@ class Child:
                 self._process.send_signal(signal.Signals[name])
 
     def poll(self) -> int | None:
-        """Its status as subprocess tells it; None while it, or a rank that it started, runs. Call it often: ranks
-        that register late get here what came before."""
+        """Its status as subprocess tells it; None while it runs, or a rank that it started. Call it often: ranks that
+        register late get here what came before. What a launcher leaves behind is killed."""
         assert self._process is not None
         self._polling = True
         try:
             if self.seen:
                 self._hand_on()
             status = self._process.poll()
-            return status if status is None or not self.roster.living() else None
+            if status is None or not self.roster.living():
+                return status
+            if self._launcher:
+                self.roster.kill()
+            return None
         finally:
             self._polling = False

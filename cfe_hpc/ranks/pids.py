@@ -21,22 +21,28 @@ VARIABLE = "CFE_PIDS"
 """Names the roster of this node's wrapper."""
 
 
-def register() -> None:
+def register() -> bool:
     """Have this process signalled from now on as the one of its LOCAL_RANK, in place of who had registered before it.
 
-    It must be able to hear stop signals, or block them. Nothing happens where there is no wrapper.
+    It must be able to hear stop signals, or block them. Where there is no wrapper nothing happens.
+
+    Returns:
+        False when there is one and it cannot be told: it has ended, or is out of sight, in a container. Then signals
+        come as the scheduler sends them.
     """
     path = os.environ.get(VARIABLE)
     if path is None:
-        return
-    # The wrapper may be gone, or out of reach in a container: then signals come as the scheduler sends them.
-    with contextlib.suppress(OSError):
+        return True
+    try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-        try:
-            pid = os.getpid()
-            os.write(fd, f"{os.environ.get('LOCAL_RANK', '0')} {pid} {start_ticks(pid)}\n".encode())
-        finally:
-            os.close(fd)
+    except OSError:
+        return False
+    try:
+        pid = os.getpid()
+        os.write(fd, f"{os.environ.get('LOCAL_RANK', '0')} {pid} {start_ticks(pid)}\n".encode())
+    finally:
+        os.close(fd)
+    return True
 
 
 @dataclass(slots=True)

@@ -32,7 +32,8 @@ def main() -> NoReturn:
     if facts.restart and facts.rank == 0:
         detail = {"restart": facts.restart}
         folder.note_event("degraded", attempt=facts.attempt, rank=0, reason="restarted", detail=detail)
-    register()
+    if not register():
+        sys.exit("error: the agent of this node has ended, and with it this attempt; look into its log")
     argv = _argv(folder, facts)
     try:
         os.execvp(argv[0], argv)
