@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +31,14 @@ PARAMS = {
 class StandIn:
     """What main.run needs of a Run, on one rank and in memory; `stop_at` is the question that it answers by a stop."""
 
-    rank, world_size, device = 0, 1, "cpu"
+    rank, world_size, device, lr_scale = 0, 1, "cpu", 1.0
     group = SoloGroup()
 
     def __init__(self, workdir: Path, params: dict[str, Any], saved: Any = None, stop_at: int | None = None) -> None:
         job = Job(name="x", entry="x:y", engine=Engine(kind="torch"), params=params)
         provenance = SimpleNamespace(job_file="jobs/x.toml", workdir=str(workdir))
-        self.spec = SimpleNamespace(job=job, provenance=provenance, origins={})
+        plan = SimpleNamespace(world_size=1)
+        self.spec = SimpleNamespace(job=job, plan=plan, provenance=provenance, origins={})
         self.params, self.folder = params, SimpleNamespace(path=workdir)
         self.saved, self.stop_at, self.questions = saved, stop_at, 0
         self.logged: dict[int, dict[str, Any]] = {}
@@ -46,6 +48,12 @@ class StandIn:
 
     def init_distributed(self) -> None:
         pass
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def micro_batch(self, wanted: int) -> int:
+        return wanted
 
     def track(self, **objects: Any) -> None:
         self.objects = objects

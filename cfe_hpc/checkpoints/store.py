@@ -161,6 +161,7 @@ def resume(
     report: Report | None = None,
     places: Places | None = None,
     elsewhere: Iterable[int] = (),
+    below: int | None = None,
 ) -> Opened | None:
     """Load the newest checkpoint that can be used, chosen by rank 0. Collective.
 
@@ -174,9 +175,10 @@ def resume(
         places: where else this rank finds shards; the folder itself alone when left out.
         elsewhere: steps of further checkpoints, the same on every rank: each is in the folder once it is asked for,
             and none is asked for before all that were there have turned out to be of no use; collective.
+        below: only checkpoints of fewer steps count; all when left out.
 
     Returns:
-        The same checkpoint on every rank; None when nothing was ever committed.
+        The same checkpoint on every rank; None when no such one was ever committed.
 
     Raises:
         CorruptCheckpoint: there are checkpoints, and none of them can be used; on every rank.
@@ -184,6 +186,7 @@ def resume(
     """
     why = ""
     steps = json.loads(first_rank(group, lambda: _list(root, attempt)))
+    steps = [step for step in steps if below is None or step < below]
     for step in chain(steps, elsewhere if steps else ()):
         folder = root / folders.step_name(step)
         try:

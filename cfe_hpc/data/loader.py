@@ -3,12 +3,13 @@
 The position is one number, the global samples consumed. Sample s is window `order.window_at(s)`, and a global
 batch is the next `global_batch` samples, of which rank r of W takes the r-th W-th. So a run goes on exactly where
 it stopped at any step, at another world size and with another number of micro-batches too; a batch may span two
-epochs.
+epochs. Samples that are to be left out, for a NaN came of them, are passed over by all ranks alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class BatchLoader:
         seed: of the order. The same on every rank.
 
     Attributes:
-        samples: global samples consumed so far, the same number on every rank.
+        samples: global samples consumed or left out so far, the same number on every rank.
 
     Raises:
         DataError: fewer windows than one global batch.
@@ -66,6 +67,7 @@ class BatchLoader:
         self._first = rank * self._share
         self._block = min(_ORDER_BLOCK, len(windows))
         self._order: tuple[int, Positions] = (-1, np.empty(0, dtype=np.int64))
+        self._skipped: list[tuple[int, int]] = []
         # Windows that are read from the file are read one batch ahead, to hide a parallel filesystem's latency.
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[Tokens]] | None = None
@@ -73,7 +75,7 @@ class BatchLoader:
     @property
     def epoch(self) -> int:
         """The epoch that the next sample belongs to, from 0."""
-        return self.samples // len(self.windows)
+        return self._next(self.samples, 1)[0][0] // len(self.windows)
 
     def next_batch(self) -> Tokens:
         """This rank's windows of the next global batch, int64, [global_batch / world_size, seq_len + 1].
@@ -83,17 +85,48 @@ class BatchLoader:
         """
         position = self.samples
         batch = self._read(position) if self.windows.in_memory else self._read_ahead(position)
-        self.samples = position + self.global_batch
+        self.samples = self._following(position)
         return batch
 
     def window_indices(self, position: int) -> Positions:
         """This rank's window numbers of the global batch that starts at global sample `position`."""
-        first, stop, parts = position + self._first, position + self._first + self._share, []
-        while first < stop:
-            block, offset = divmod(first, self._block)
-            parts.append(self._order_of(block)[offset : offset + stop - first])
-            first += len(parts[-1])
+        others, parts = self._first, []
+        for first, stop in self._next(position, self._first + self._share):
+            passed = min(others, stop - first)
+            others, first = others - passed, first + passed
+            while first < stop:
+                block, offset = divmod(first, self._block)
+                parts.append(self._order_of(block)[offset : offset + stop - first])
+                first += len(parts[-1])
         return np.concatenate(parts)
+
+    def window_ahead(self, batches: int) -> tuple[int, int]:
+        """Global samples [start, stop) of the global batch that comes after `batches` others."""
+        position = self._next(self.samples, batches * self.global_batch)[-1][1] if batches else self.samples
+        span = self._next(position, self.global_batch)
+        return span[0][0], span[-1][1]
+
+    def skip_window(self, start: int, stop: int) -> None:
+        """Leave global samples [start, stop) out from now on, at any world size; doing so again changes nothing."""
+        self._skipped = _joined([*self._skipped, (start, stop)])
+        self._ahead = None
+
+    def _following(self, position: int) -> int:
+        """Where the global batch after the one at `position` starts."""
+        return self._next(position, self.global_batch)[-1][1]
+
+    def _next(self, position: int, count: int) -> list[tuple[int, int]]:
+        """The next `count` samples from `position` on that are not left out, as intervals; `count` is at least 1."""
+        intervals: list[tuple[int, int]] = []
+        for start, stop in (*self._skipped, (sys.maxsize, sys.maxsize)):
+            if position < start:
+                end = min(start, position + count)
+                intervals.append((position, end))
+                count -= end - position
+                if not count:
+                    break
+            position = max(position, stop)
+        return intervals
 
     def _order_of(self, block: int) -> Positions:
         known, order = self._order
@@ -104,8 +137,8 @@ class BatchLoader:
         return order
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it is a position in; the same on every rank."""
-        return {"samples": self.samples, **self._identity()}
+        """The position, what it is a position in, and what is left out; the same on every rank."""
+        return {"samples": self.samples, "skipped": [list(each) for each in self._skipped], **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position of `state`, saved at any world size and any global batch.
@@ -117,6 +150,8 @@ class BatchLoader:
         if wrong:
             raise CheckpointMismatch("; ".join(wrong))
         self.samples = int(state["samples"])
+        self._skipped = _joined((int(start), int(stop)) for start, stop in state.get("skipped", ()))
+        self._ahead = None
 
     def check_state_dict(self, state: dict[str, Any]) -> Iterator[str]:
         """Why `load_state_dict` would refuse a state; a checkpoint asks before anything is loaded."""
@@ -150,9 +185,20 @@ class BatchLoader:
         if self._ahead is None or self._ahead[0] != position:
             self._ahead = (position, self._reader.submit(self._read, position))
         batch = self._ahead[1].result()
-        following = position + self.global_batch
+        following = self._following(position)
         self._ahead = (following, self._reader.submit(self._read, following))
         return batch
+
+
+def _joined(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Intervals in order, those that meet or overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(intervals):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,7 +184,7 @@ class Journal:
         attempt ends."""
         if not self._speaks or not self._steps:
             return
-        self._leave_to_successor()
+        self.leave_to_successor(looked_within_s=_LOOK_FOR_SUCCESSOR_S)
         for phase, seconds in self.clock.take().items():
             self._spent[phase] = self._spent.get(phase, 0.0) + seconds
             if phase not in ("startup", "restore"):
@@ -206,10 +206,15 @@ class Journal:
             self._tokens, self._steps, self._spent = 0.0, 0, {}
         self._pending = {}
 
-    def _leave_to_successor(self) -> None:
-        """End this process where a later attempt has begun: Slurm has given this one up, and its node did not hear."""
+    def leave_to_successor(self, *, looked_within_s: float = 0.0) -> None:
+        """End this process where a later attempt has begun: Slurm has given this one up, and its node did not hear.
+        Before it commits anything, and now and then (rank 0 only).
+
+        Args:
+            looked_within_s: do nothing when it was looked for within so many seconds.
+        """
         now_s = time.monotonic()
-        if now_s - self._looked_s < _LOOK_FOR_SUCCESSOR_S:
+        if not self._speaks or now_s - self._looked_s < looked_within_s:
             return
         self._looked_s = now_s
         newest = fencing.superseded(self._folder, self._facts.attempt)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from cfe_hpc.checkpoints import folders, marks, store, tracked
+from cfe_hpc.checkpoints import store, tracked
 from cfe_hpc.checkpoints.beside.background import Background
 from cfe_hpc.checkpoints.keeping.rotation import Retention, Rotation
 from cfe_hpc.checkpoints.manifest import Identity
-from cfe_hpc.checkpoints.reader import Opened
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, StagingError, UsageError
+from cfe_hpc.errors import CheckpointError, StagingError, UsageError
 from cfe_hpc.ranks.bootstrap import Place
 from cfe_hpc.ranks.hooks import before_any_step
 from cfe_hpc.ranks.journal import Journal
-from cfe_hpc.ranks.room import Room
+from cfe_hpc.ranks.restorer import Restorer
+from cfe_hpc.ranks.room import Room, mark_epoch, take_out
 from cfe_hpc.ranks.tiering import Tiering
 from cfe_hpc.ranks.weights import weights_sha256
 from cfe_hpc.runfolder import RunFolder
@@ -35,6 +34,10 @@ class Keeper:
 
     With `checkpoint.async` a save that comes due is begun at its boundary and goes on at later ones; without, it is
     done at once.
+
+    Attributes:
+        objects: what is tracked, by name.
+        saved_step: of the newest checkpoint of the run's, that it was resumed from included; None without one.
     """
 
     def __init__(self, folder: RunFolder, spec: RunSpec, place: Place, journal: Journal) -> None:
@@ -48,11 +51,12 @@ class Keeper:
         self._rotation = Rotation(self._root, self._retention)
         self._room = Room(self._root, self._retention, place.group, journal, self._protected)
         self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
-        self._objects: dict[str, Any] = {}
+        self.objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
-        self._capturing = tracked.Capturing(self._objects, group=place.group, facts=self._facts)
+        self._restorer = Restorer(self._root, self._run_id, place, journal, self._tiering, self.objects, self._facts)
+        self._capturing = tracked.Capturing(self.objects, group=place.group, facts=self._facts)
         self._sealed = False
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
         self._resumed_step: int | None = None
         self._saved_s = time.monotonic()
         self._background: Background | None = None
@@ -67,12 +71,12 @@ class Keeper:
         if self._sealed:
             raise UsageError("track(): the loop has begun; track everything before run.steps()")
         for name, thing in objects.items():
-            if name in self._objects:
+            if name in self.objects:
                 raise UsageError(f"track(): {name} is tracked already; give each object a name of its own")
             if not tracked.is_trackable(thing):
                 kind = type(thing).__name__
                 raise UsageError(f"track(): {name} ({kind}) has no state_dict and load_state_dict; give it both")
-            self._objects[name] = thing
+            self.objects[name] = thing
 
     def expect(self, facts: Mapping[str, Any]) -> None:
         """See Run.expect."""
@@ -93,26 +97,9 @@ class Keeper:
         """
         self._sealed = True
         started_s = time.monotonic()
-        try:
-            brought = self._tiering.gather(self._skip)
-            if brought is not None:
-                self._brought(brought)
-            opened = store.resume(
-                self._root,
-                self._load,
-                run_id=self._run_id,
-                attempt=self._place.facts.attempt,
-                group=self._place.group,
-                report=self._skip,
-                places=self._tiering.places,
-                elsewhere=self._elsewhere(),
-            )
-        except CorruptCheckpoint as error:
-            # Starting again at step 0 would rotate away what a person might still mend.
-            remedy = f"mend or remove them, then `cfe-hpc requeue {self._run_id}`"
-            raise CorruptCheckpoint(f"{error}; {remedy}") from error
+        opened = self._restorer.begin()
         if opened is not None:
-            self._saved_step = self._resumed_step = opened.step
+            self.saved_step = self._resumed_step = opened.step
             seconds = round(time.monotonic() - started_s, 3)
             self._journal.event("resumed", step=opened.step, seconds=seconds)
             self._tiering.resumed(opened)
@@ -125,27 +112,49 @@ class Keeper:
         self._saved_s = time.monotonic()
         return imported_step if opened is None else opened.step
 
-    def _elsewhere(self) -> Iterator[int]:
-        """Steps that other tiers have, each on the shared filesystem once it is asked for. Collective."""
-        for step in self._tiering.rescue(self._skip):
-            self._brought(step)
-            yield step
+    def go_back(self, below: int) -> int | None:
+        """Put back the newest checkpoint of fewer than `below` steps, and take out those of more. Collective.
 
-    def _brought(self, step: int) -> None:
-        self._journal.event("checkpoint_saved", step=step, detail="brought from where it was complete")
+        A save in flight is waited for first.
 
-    def _skip(self, path: Path, why: str) -> None:
-        logger.warning("%s: not used: %s", path.name, why)
-        self._journal.event("checkpoint_failed", reason="corrupt", detail=f"{path.name}: {why}")
+        Returns:
+            Its steps; None when there is none: nothing was changed then.
 
-    def _load(self, opened: Opened) -> None:
-        place = self._place
-        device = place.device.torch_device(place.facts.local_rank)
-        tracked.restore(opened, self._objects, group=place.group, facts=self._facts, device=device)
+        Raises:
+            CorruptCheckpoint: there are such checkpoints, and none verifies.
+        """
+        self._finish_in_flight()
+        background = self._background
+        if background is not None and background.drain is not None:
+            self._tiering.arrive(background, self._settle)
+        opened = self._restorer.back(below)
+        if opened is None:
+            return None
+        self._tiering.forget(below)
+        if self._place.group.rank == 0:
+            take_out(self._root, below, self._journal)
+        self.saved_step = self._resumed_step = opened.step
+        self._late, self._epoch = False, None
+        self._journal.take_metrics()
+        if background is not None:
+            background.on_nodes = None
+            background.protect[:] = sorted(self._protected())
+        self._saved_s = time.monotonic()
+        return opened.step
 
     def due_by_time(self) -> bool:
         """Whether the schedule in time asks for a save now, by this rank's clock."""
-        return self._policy.every is not None and time.monotonic() - self._saved_s >= self._policy.every
+        wanted_s = (self._policy.every, self._journal.save_every_s)
+        every_s = min((each for each in wanted_s if each is not None), default=None)
+        return every_s is not None and time.monotonic() - self._saved_s >= every_s
+
+    def is_due(self, done: int) -> bool:
+        """Whether `boundary` has something to do after `done` steps, whatever the time; the same on every rank."""
+        return self._is_due(done) or (self._background is not None and not self._reserved)
+
+    def _is_due(self, done: int) -> bool:
+        by_step = self._policy.every_steps is not None and done % self._policy.every_steps == 0
+        return by_step or self._late or self._epoch is not None
 
     def busy(self) -> list[int]:
         """Whether this rank's part of a save is still being written, and whether one is still on its way from the
@@ -170,25 +179,16 @@ class Keeper:
                 self._settle(background.in_flight, partial(background.advance, bool(busy[0])))
         self._tiering.advance()
 
-    def boundary(self, done: int, *, due_by_time: bool) -> bool:
-        """Begin the save that is due after `done` steps, if one is.
-
-        Returns:
-            Whether training was kept waiting.
-        """
+    def boundary(self, done: int, *, due_by_time: bool) -> None:
+        """Begin the save that is due after `done` steps, if one is: see `is_due`."""
         if self._epoch is not None:  # this very step is meant, not the first that has time
             self._finish_in_flight(wholly=True)
             self._mark_epoch(done)
             self.begin(done)
-            return True
-        by_step = self._policy.every_steps is not None and done % self._policy.every_steps == 0
-        if due_by_time or by_step or self._late:
+        elif due_by_time or self._is_due(done):
             self.begin(done)
         elif self._background is not None and not self._reserved:
             self._reserve(self._background)
-        else:
-            return False
-        return True
 
     def begin(self, done: int) -> None:
         """Save the state after `done` steps, beside training if the job asks for that.
@@ -197,7 +197,7 @@ class Keeper:
         """
         in_flight = None if self._background is None else self._background.in_flight
         on_nodes = None if self._background is None else self._background.on_nodes
-        if done in (self._saved_step, in_flight, on_nodes):
+        if done in (self.saved_step, in_flight, on_nodes):
             return
         if self._background is None:
             self._save(done)
@@ -225,8 +225,8 @@ class Keeper:
         self._finish_in_flight()
         self._mark_epoch(done)
         background = self._background
-        if self._saved_step == done or background is None or background.drain is None:
-            return self._saved_step == done or self._save(done)
+        if self.saved_step == done or background is None or background.drain is None:
+            return self.saved_step == done or self._save(done)
         group = self._place.group
         hurried = bool(group.all_max([int(group.rank == 0 and time_left_s() is not None)])[0])
         if background.on_nodes != done:
@@ -237,9 +237,9 @@ class Keeper:
                 self._tiering.arrive(background, self._settle, time_left_s)
             self._begin(background, done)
             self._finish_in_flight()
-        if self._background is background and self._saved_step != done:
+        if self._background is background and self.saved_step != done:
             self._tiering.arrive(background, self._settle, time_left_s)
-        return self._saved_step == done or (hurried and background.on_nodes == done) or self._save(done)
+        return self.saved_step == done or (hurried and background.on_nodes == done) or self._save(done)
 
     def end_epoch(self, number: int) -> None:
         """See Run.end_epoch."""
@@ -256,13 +256,8 @@ class Keeper:
     def _mark_epoch(self, done: int) -> None:
         """Keep the checkpoint of `done` steps for the epoch that ended there: before rotation can see it."""
         epoch, self._epoch = self._epoch, None
-        if epoch is None or self._place.group.rank != 0:
-            return
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            marks.put(self._root / folders.step_name(done), "epoch", epoch=epoch)
-        except OSError as error:
-            logger.warning("the checkpoint of epoch %d will not be kept: %s", epoch, error.strerror)
+        if epoch is not None and self._place.group.rank == 0:
+            mark_epoch(self._root, done, epoch)
 
     def close(self) -> None:
         """End what writes beside training: this rank saves no more. Not collective."""
@@ -284,6 +279,7 @@ class Keeper:
         """Write the checkpoint from this very process, and rotate old ones away."""
         group = self._place.group
         metrics = self._journal.take_metrics() if metrics is None else metrics
+        self._journal.leave_to_successor()
         try:
             info = store.save(
                 self._root,
@@ -308,11 +304,11 @@ class Keeper:
         return self._room.failed(step, error)
 
     def _saved(self, info: store.CheckpointInfo, blocked_seconds: float) -> None:
-        self._saved_step = info.step
+        self.saved_step = info.step
         self._room.saved()
         figures = {"checkpoint_seconds": blocked_seconds, "checkpoint_bytes": float(info.size_bytes)}
         self._journal.publish(figures, step=info.step)
-        self._journal.event("checkpoint_saved", step=info.step, seconds=round(info.seconds, 3), detail=info.path.name)
+        self._journal.saved(info.step, seconds=info.seconds, blocked_seconds=blocked_seconds, name=info.path.name)
         self._tiering.offer(info.step)
         if self._background is not None:
             self._background.protect[:] = sorted(self._protected())
@@ -365,6 +361,7 @@ class Keeper:
     def _begin(self, background: Background, done: int) -> None:
         began_s, metrics = time.monotonic(), self._journal.take_metrics()
         self._reserved = True
+        self._journal.leave_to_successor()
         try:
             background.begin(self._capturing.take(background.is_ready), step=done, metrics=metrics)
         except StagingError as error:
@@ -393,4 +390,4 @@ class Keeper:
 
     def weights_sha256(self) -> str | None:
         """The digest of everything tracked that holds weights; see ranks.weights. Collective."""
-        return weights_sha256(self._objects, self._place.group)
+        return weights_sha256(self.objects, self._place.group)

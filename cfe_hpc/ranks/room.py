@@ -1,4 +1,4 @@
-"""Saves that fail, and room for them on a full disk."""
+"""Saves that fail, room for them on a full disk, and single checkpoints that stay or go."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cfe_hpc.checkpoints import folders, marks
 from cfe_hpc.checkpoints.agree import first_rank
 from cfe_hpc.checkpoints.keeping.rotation import Retention, rotate
 from cfe_hpc.checkpoints.protocols import Group
 from cfe_hpc.errors import CheckpointError, DiskFull
 from cfe_hpc.ranks.journal import Journal
 
-__all__ = ["Room"]
+__all__ = ["Room", "mark_epoch", "take_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,3 +68,21 @@ class Room:
     def saved(self) -> None:
         """A save went well: the next full disk is another one."""
         self._tried_again = False
+
+
+def mark_epoch(root: Path, step: int, epoch: int) -> None:
+    """Have rotation keep the checkpoint of this step, which is still to be made, for the epoch that ended there.
+    Rank 0 calls it. A mark that cannot be made is a warning."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        marks.put(root / folders.step_name(step), "epoch", epoch=epoch)
+    except OSError as error:
+        logger.warning("the checkpoint of epoch %d will not be kept: %s", epoch, error.strerror)
+
+
+def take_out(root: Path, steps_from: int, journal: Journal) -> None:
+    """Delete the checkpoints of `steps_from` steps and more, which lead to a value that is not finite, and tell so.
+    Rank 0 calls it. Pinned ones stay; failures are logged."""
+    for step, folder in folders.committed(root):
+        if step >= steps_from and folders.take_out(folder):
+            journal.event("checkpoint_failed", step=step, reason="nan", detail=f"{folder.name} is taken out")

@@ -200,6 +200,14 @@ class Tiering:
                 time.sleep(_POLL_S)
         return left
 
+    def forget(self, steps_from: int) -> None:
+        """Delete this node's copies of checkpoints of `steps_from` steps and more: they must not be brought home by
+        the next attempt. Not collective; while none is being written. Failures are logged."""
+        if self.node is not None and self.node.local_rank == 0:
+            for copy in nodelocal.held(self.node.home):
+                if copy.step >= steps_from:
+                    folders.discard(copy.folder)
+
     def offer(self, step: int) -> None:
         """A checkpoint is on the shared filesystem: it may go on from there. Not collective."""
         if self._onward is not None:

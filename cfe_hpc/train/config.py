@@ -11,7 +11,7 @@ from cfe_hpc.config.base import Strict
 from cfe_hpc.config.problems import translate
 from cfe_hpc.errors import ConfigError, Problem
 
-__all__ = ["Params", "grad_accum_steps", "read_params"]
+__all__ = ["Params", "fitted_batch", "grad_accum_steps", "read_params"]
 
 
 class Params(Strict):
@@ -133,3 +133,30 @@ def grad_accum_steps(params: Params, *, world_size: int, file: str) -> int:
             [Problem(file=file, key="params.global_batch", what=what, value=params.global_batch, remedy=remedy)]
         )
     return accum
+
+
+def fitted_batch(params: Params, *, world_size: int, planned_world_size: int, limit: int, file: str) -> tuple[int, int]:
+    """(sequences in one forward pass, passes in one step) of a rank, for the same global batch whatever happens.
+
+    As the job says at the planned world size. With fewer ranks, or after device memory ran out, the largest
+    micro-batch within the limit that divides the rank's share.
+
+    Args:
+        limit: most sequences in one forward pass; the job's micro_batch, unless that was too much.
+
+    Raises:
+        ConfigError: global_batch does not divide among the planned ranks with the job's micro_batch, or not among the
+            ranks there are.
+    """
+    accumulate = grad_accum_steps(params, world_size=planned_world_size, file=file)
+    if world_size == planned_world_size and limit == params.micro_batch:
+        return params.micro_batch, accumulate
+    share, rest = divmod(params.global_batch, world_size)
+    if rest or not share:
+        remedy = f"make it a multiple of {world_size}, or set launch.nodes_min so that there are never as few ranks"
+        what = f"does not divide among {world_size} ranks, instead of the {planned_world_size} planned"
+        raise ConfigError(
+            [Problem(file=file, key="params.global_batch", what=what, value=params.global_batch, remedy=remedy)]
+        )
+    micro = next(size for size in range(min(limit, share), 0, -1) if share % size == 0)
+    return micro, share // micro

@@ -13,7 +13,7 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.data.loader import BatchLoader, TokenWindows, eval_batches
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.ranks.run import Run
-from cfe_hpc.train.config import Params, grad_accum_steps, read_params
+from cfe_hpc.train.config import Params, fitted_batch, read_params
 from cfe_hpc.train.corpus import token_file
 from cfe_hpc.train.engine import TrainingEngine, make_engine
 from cfe_hpc.train.evaluate import Evaluations, averaging_over_ranks, held_out_loss
@@ -33,7 +33,14 @@ def run(run: Run) -> None:
     """
     job_file = run.spec.provenance.job_file
     params = read_params(run.params, file=job_file, origins=run.spec.origins)
-    accumulate = grad_accum_steps(params, world_size=run.world_size, file=job_file)
+    planned = run.spec.plan.world_size
+    # The same windows with fewer ranks, and with smaller passes.
+    evaluated = params.eval_batches * params.micro_batch * planned
+    limit = run.micro_batch(params.micro_batch)
+    micro_batch, accumulate = fitted_batch(
+        params, world_size=run.world_size, planned_world_size=planned, limit=limit, file=job_file
+    )
+    params = params.model_copy(update={"micro_batch": micro_batch})
     device = torch.device(run.device)
     run.init_distributed()
 
@@ -48,23 +55,29 @@ def run(run: Run) -> None:
     run.expect(**params.facts())
 
     def evaluate(check_stop: Callable[[], None]) -> None:
+        with run.phase("evaluation"):
+            loss = measure(check_stop)
+        evaluations.finished(loss)
+        run.log(val_loss=loss)
+
+    def measure(check_stop: Callable[[], None]) -> float:
         batches = eval_batches(
             held_out,
             batch=params.micro_batch,
             rank=run.rank,
             world_size=run.world_size,
-            limit=params.eval_batches * params.micro_batch * run.world_size,
+            limit=evaluated,
         )
-        loss = held_out_loss(engine, batches, device=device, between=check_stop)
-        evaluations.finished(loss)
-        run.log(val_loss=loss)
+        return held_out_loss(engine, batches, device=device, between=check_stop)
 
     for step in run.steps(params.steps):
         if evaluations.due is not None:  # before the first step, or cut short by a stop
             evaluate(lambda: run.check_stop(updated=False))
-        rate, epoch = rate_at(step, params), loader.epoch
+        rate, epoch = rate_at(step, params) * run.lr_scale, loader.epoch
         logged = (step + 1) % run.spec.job.metrics.every_steps == 0
-        loss, norm = train_step(engine, loader, rate, device=device, accumulate=accumulate, mean_loss=logged)
+        with run.phase("data"):
+            windows = torch.from_numpy(loader.next_batch()).to(device)
+        loss, norm = train_step(engine, windows, rate, accumulate=accumulate, mean_loss=logged)
         run.log(loss=loss, grad_norm=norm, lr=rate, tokens=params.global_batch * params.seq_len)
         if loader.epoch > epoch:
             run.end_epoch(epoch)
@@ -101,23 +114,17 @@ def _require_vocab(windows: TokenWindows, params: Params, spec: RunSpec) -> None
 
 
 def train_step(
-    engine: TrainingEngine,
-    loader: BatchLoader,
-    rate: float,
-    *,
-    device: torch.device,
-    accumulate: int,
-    mean_loss: bool,
+    engine: TrainingEngine, windows: Tensor, rate: float, *, accumulate: int, mean_loss: bool
 ) -> tuple[Tensor, Tensor | float]:
     """One optimizer step. Collective.
 
     Args:
+        windows: token ids of this rank's share of the batch, int64, on the run's device; `accumulate` divides them.
         mean_loss: average the loss over ranks; this rank's own otherwise.
 
     Returns:
         (mean loss in nats, norm of the gradient before clipping).
     """
-    windows = torch.from_numpy(loader.next_batch()).to(device)
     losses = [
         engine.forward_backward(micro[:, :-1], micro[:, 1:], is_last=index == accumulate - 1)
         for index, micro in enumerate(windows.chunk(accumulate))

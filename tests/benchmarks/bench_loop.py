@@ -67,7 +67,9 @@ def entry(run: Any) -> None:
             run.group.barrier()
             started_s = time.perf_counter()
         rate = rate_at(step, params)
-        loss, norm = train_step(engine, loader, rate, device=device, accumulate=accumulate, mean_loss=True)
+        with run.phase("data"):
+            windows = torch.from_numpy(loader.next_batch()).to(device)
+        loss, norm = train_step(engine, windows, rate, accumulate=accumulate, mean_loss=True)
         run.log(loss=loss, grad_norm=norm, lr=rate, tokens=params.global_batch * params.seq_len)
     if run.rank == 0:
         measured = {"plain": plain_seconds[: len(our_seconds)], "cfe_hpc": our_seconds}

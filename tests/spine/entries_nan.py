@@ -1,0 +1,74 @@
+"""Entries for tests of roll-backs: a count that needs no torch, with data windows that give a NaN."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+
+class Windows:
+    """Numbers 0, 1, 2 … in batches, as data.loader.BatchLoader counts its samples; what is skipped never comes."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.position, self.skipped = batch, 0, set[int]()
+
+    def _from(self, position: int, count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            if position not in self.skipped:
+                found.append(position)
+            position += 1
+        return found
+
+    def next_batch(self) -> list[int]:
+        taken = self._from(self.position, self.batch)
+        self.position = taken[-1] + 1
+        return taken
+
+    def window_ahead(self, batches: int) -> tuple[int, int]:
+        ahead = self._from(self.position, (batches + 1) * self.batch)[-self.batch :]
+        return ahead[0], ahead[-1] + 1
+
+    def skip_window(self, start: int, stop: int) -> None:
+        self.skipped.update(range(start, stop))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "skipped": sorted(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position, self.skipped = state["position"], set(state["skipped"])
+
+
+class Sum:
+    """What was consumed: a sum that one NaN spoils for good, and how many numbers it has."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def state_dict(self) -> dict[str, float]:
+        spoilt = math.isnan(self.total)  # a tree holds no NaN; a training's are in tensors
+        return {"spoilt": spoilt, "total": 0.0 if spoilt else self.total, "n": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.count = math.nan if state["spoilt"] else state["total"], state["n"]
+
+
+def summing(run: Any) -> None:
+    """Sum the numbers of all windows; those of `params.poisoned` are NaN, which the loss shows.
+
+    With `params.late` the loss of a step is that from before its update: what it spoils is seen one step later.
+    """
+    windows, done = Windows(batch=2), Sum()
+    run.track(data=windows, done=done)
+    poisoned, late = set(run.params["poisoned"]), run.params.get("late", False)
+    for _ in run.steps(run.params["steps"]):
+        before = done.total
+        batch = windows.next_batch()
+        done.total += sum(math.nan if number in poisoned else number for number in batch)
+        done.count += len(batch)
+        shown = before if late else done.total
+        # Any rank may be the only one to see it.
+        mine = shown if run.rank == run.world_size - 1 else 0.0
+        run.log(loss=mine, total=done.total, count=done.count, rate=run.lr_scale)
+        time.sleep(run.params.get("pause_s", 0.0))
