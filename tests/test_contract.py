@@ -19,7 +19,7 @@ from cfe_hpc.launch.checks import check
 from cfe_hpc.launch.history import find_measured, plan_with_history
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.recovery.contract import exit_in_grace, fits, sentence
-from cfe_hpc.recovery.lead import Measured
+from cfe_hpc.recovery.measured import Measured
 
 QUICK = Measured(step_p95_s=0.15, save_p95_s=0.41, blocked_p95_s=0.05, interruptions=0, trained_s=60.0)
 SLOW = replace(QUICK, step_p95_s=30.0, save_p95_s=210.0)

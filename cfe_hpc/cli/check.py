@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Plan
     from cfe_hpc.launch.checks import Finding
-    from cfe_hpc.recovery.lead import Measured
+    from cfe_hpc.recovery.measured import Measured
 
 __all__ = ["configure", "plan_rows", "run"]
 

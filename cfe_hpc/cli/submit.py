@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.run import Plan
     from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.launch.submission import Submitted
-    from cfe_hpc.recovery.lead import Measured
+    from cfe_hpc.recovery.measured import Measured
 
 __all__ = ["configure", "run"]
 

@@ -19,7 +19,7 @@ from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import Problem
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.recovery.contract import fits
-from cfe_hpc.recovery.lead import Measured, need_s
+from cfe_hpc.recovery.measured import Measured, need_s
 from cfe_hpc.units import format_duration, format_seconds, format_size
 
 __all__ = ["CHECKS", "Finding", "check", "cost_of_attempt"]

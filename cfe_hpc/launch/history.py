@@ -12,7 +12,7 @@ from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import ConfigError
 from cfe_hpc.files import read_toml
 from cfe_hpc.launch.plan import plan
-from cfe_hpc.recovery.lead import Measured
+from cfe_hpc.recovery.measured import Measured
 from cfe_hpc.runfolder import RUN_ID, RunFolder, safe_name
 
 __all__ = ["find_measured", "plan_with_history"]

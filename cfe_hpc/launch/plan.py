@@ -11,7 +11,7 @@ from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
-from cfe_hpc.recovery.lead import Measured, signal_lead_s
+from cfe_hpc.recovery.measured import Measured, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["LAUNCHERS", "plan"]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Site
-from cfe_hpc.recovery.lead import Measured, need_s
+from cfe_hpc.recovery.measured import Measured, need_s
 from cfe_hpc.units import format_duration, format_seconds
 
 __all__ = ["exit_in_grace", "fits", "sentence"]

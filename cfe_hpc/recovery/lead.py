@@ -1,5 +1,4 @@
-"""How long a stop takes, learned from what the run has seen: the signal's lead, what a grace must hold, how often to
-save where it cannot."""
+"""How long a stop takes, learned from what the run has seen; what follows from it is in recovery.measured."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from typing import Any
 
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.recovery.attempts import Attempt, epoch_s, read_attempts
+from cfe_hpc.recovery.measured import SLURM_SLACK_S, Measured, need_s, save_interval_s, signal_lead_s
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
@@ -24,33 +24,11 @@ __all__ = [
     "signal_lead_s",
 ]
 
-SLURM_SLACK_S = 60.0
-"""Slurm sends the signal before the time limit up to so much early, and its clock for limits ticks as slowly."""
-
 _TAIL_BYTES = 1 << 18
 """Of heartbeat.ndjson, enough for a thousand lines: how long steps take now, not how long they took last week."""
 
 # Ends that say nothing of how often a run is torn from its nodes: nobody asked, or everybody knew when.
 _NO_INTERRUPTION = (None, "completed", "held", "cancelled", "requeue_requested", "time_limit")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a run has measured of itself.
-
-    Attributes:
-        step_p95_s: a step, the 95th of 100.
-        save_p95_s: a checkpoint, from its beginning until it is committed.
-        blocked_p95_s: the part of that for which training waited.
-        interruptions: attempts that were ended from outside or by an error, without warning.
-        trained_s: time in the loop, over all attempts.
-    """
-
-    step_p95_s: float
-    save_p95_s: float
-    blocked_p95_s: float
-    interruptions: int
-    trained_s: float
 
 
 @dataclass(slots=True)
@@ -102,23 +80,6 @@ def observe(folder: RunFolder) -> Observations:
 def measure(folder: RunFolder) -> Measured | None:
     """What the run has measured of itself so far; None before its first step and its first save."""
     return observe(folder).measured()
-
-
-def signal_lead_s(measured: Measured) -> int:
-    """Seconds before the time limit at which Slurm is to send its signal."""
-    return math.ceil(need_s(measured) + SLURM_SLACK_S)
-
-
-def need_s(measured: Measured) -> float:
-    """Seconds from a signal to a committed checkpoint: what a grace must hold."""
-    return measured.step_p95_s + measured.save_p95_s
-
-
-def save_interval_s(measured: Measured) -> float:
-    """Seconds from one save to the next that lose the least time, by Young and Daly: saving more often costs more
-    than it keeps. Never less than twice what a save costs."""
-    between_s = measured.trained_s / max(1, measured.interruptions)
-    return max(2 * measured.blocked_p95_s, math.sqrt(2 * measured.blocked_p95_s * between_s))
 
 
 def _p95(values: Iterable[float]) -> float:
