@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -12,14 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm.cluster import Cluster, why_impossible
 
 # Cases of shared clusters stand outside of test files; their asserts are to tell as much.
 pytest.register_assert_rewrite("recovery_cases", "spine")
-
-_SLURM_RESULTS = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,8 +107,27 @@ def _wait_until_ready(gateway: Pushgateway) -> None:
 # The real-Slurm tests: skipped where they cannot run, but never in CI; counted; explained when they fail.
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SLURM_RESULTS] = {}
+@functools.cache
+def _needs_slurm(path: Path) -> bool:
+    return "pytest.mark.slurm" in path.read_text()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs Slurm comes first: it takes longest, and mostly waits."""
+    items.sort(key=lambda item: not _needs_slurm(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several workers each gets whole files: what a file sets up is set up once. One gets all that need Slurm."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = str(super()._split_scope(nodeid))
+            return "slurm" if _needs_slurm(config.rootpath / path) else path
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -120,10 +140,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if item.get_closest_marker("slurm") is None:
         return report
-    if report.skipped:
-        item.config.stash[_SLURM_RESULTS][item.nodeid] = "skipped"
-    elif report.when == "call":
-        item.config.stash[_SLURM_RESULTS][item.nodeid] = "ran"
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
         report.outcome = "failed"
         report.longrepr = f"the real-Slurm tests must run in CI; this one was skipped: {report.longreprtext}"
@@ -133,6 +149,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = list(config.stash[_SLURM_RESULTS].values())
-    terminalreporter.write_line(f"real-Slurm tests: {results.count('ran')} ran, {results.count('skipped')} skipped")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    found = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [each for each in found if isinstance(each, pytest.TestReport) and "slurm" in each.keywords]
+    ran = {each.nodeid for each in reports if each.when == "call" and not each.skipped}
+    skipped = {each.nodeid for each in reports} - ran
+    terminalreporter.write_line(f"real-Slurm tests: {len(ran)} ran, {len(skipped)} skipped")
