@@ -73,6 +73,17 @@ def test_a_cluster_that_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert answers["reach the controller"]["reason"] == "sinfo lists 2 partitions: gpu*, spot"
     accounting = answers["read Slurm's accounting"]
     assert not accounting["ok"] and accounting["reason"].endswith("sacctmgr: error: no slurmdbd")
+    assert "words that this version does not know" in answers["trust the profile"]["reason"]
+
+
+def test_a_profile_that_is_out_of_date(capsys: pytest.CaptureFixture[str]) -> None:
+    captured = Path(__file__).resolve().parent / "captured" / "slurm-22.05.8"
+    for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "sacctmgr"):
+        program(name, "exit 0")
+    program("scontrol", f'[ -z "$2" ] && exit 0; while read -r line; do echo "$line"; done < "{captured}/$2.txt"')
+    profile = doctor(capsys, code=0)["trust the profile"]
+    assert not profile["ok"]
+    assert profile["reason"].startswith("2 keys differ, partitions.p first; `cfe-hpc sites check here`")
 
 
 def test_a_runs_root_that_cannot_be_used(capsys: pytest.CaptureFixture[str]) -> None:

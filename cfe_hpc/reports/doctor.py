@@ -19,9 +19,11 @@ from pathlib import Path
 
 from cfe_hpc.config.site import Site, expand_runs_root
 from cfe_hpc.devices.probe import probe
-from cfe_hpc.errors import ConfigError
+from cfe_hpc.errors import ConfigError, SchedulerError
 from cfe_hpc.metrics.gateway import check_url, read_credentials
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.sites.compare import differences
+from cfe_hpc.sites.live import read_cluster
 from cfe_hpc.units import format_size
 
 __all__ = ["Answer", "examine"]
@@ -67,7 +69,7 @@ def examine(site: Site, environ: Mapping[str, str] | None = None) -> Iterator[An
     yield _python()
     yield from _packages()
     yield from _devices()
-    yield from _slurm(needed=site.scheduler == "slurm")
+    yield from _slurm(site, needed=site.scheduler == "slurm")
     yield _runs_root(site, env)
     yield _port()
     yield _own_name(needed=site.scheduler == "slurm")
@@ -115,7 +117,7 @@ def _first_line(argv: tuple[str, ...]) -> str:
     return f"{argv[0]} lists {len(printed.splitlines())}, the first: {printed.partition(chr(10))[0].strip()}"
 
 
-def _slurm(*, needed: bool) -> Iterator[Answer]:
+def _slurm(site: Site, *, needed: bool) -> Iterator[Answer]:
     missing = [command for command in _SLURM_COMMANDS if shutil.which(command) is None]
     if missing:
         remedy = "; run this on a login node, or load Slurm's module" if needed else ""
@@ -130,6 +132,20 @@ def _slurm(*, needed: bool) -> Iterator[Answer]:
         yield _asked(
             "read Slurm's accounting", ("sacctmgr", "-n", "-P", "show", "cluster", "format=cluster"), False, _clusters
         )
+        if needed:
+            yield _profile(site)
+
+
+def _profile(site: Site) -> Answer:
+    try:
+        cluster = read_cluster()
+        found = differences(site, cluster)
+    except SchedulerError as error:
+        return Answer(topic="scheduler", can="trust the profile", ok=False, needed=False, reason=str(error))
+    reason = f"nothing in it differs from cluster {cluster.name}, Slurm {cluster.version}"
+    if found:
+        reason = f"{len(found)} keys differ, {found[0].key} first; `cfe-hpc sites check {site.name}` tells how"
+    return Answer(topic="scheduler", can="trust the profile", ok=not found, needed=False, reason=reason)
 
 
 def _asked(can: str, argv: tuple[str, ...], needed: bool, tell: Callable[[str], str]) -> Answer:
