@@ -163,10 +163,10 @@ def _take_beat(of: Mapping[int, list[tuple[Part, int]]], beat: Mapping[str, Any]
 
 
 def _newest(legs: Sequence[tuple[Part, int]], said_s: float | None) -> tuple[Part, int]:
-    """The leg that was under way then: the newest that had begun."""
+    """The leg that was under way then: the newest that had begun. A part's first begins with its process."""
     if said_s is not None:
         for part, index in reversed(legs):
-            began_s = part.attempt.legs[index].began_s
+            began_s = part.attempt.legs[index].began_s if index else part.attempt.started_s
             if began_s is not None and began_s <= said_s:
                 return part, index
     return legs[0]

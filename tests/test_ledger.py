@@ -1,0 +1,294 @@
+"""Where the allocated time went: every second of every attempt in one bucket, whatever became of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_recovery import Events, stamp, write_run
+
+from cfe_hpc.recovery.attempts import epoch_s, read_attempts
+from cfe_hpc.recovery.buckets import BUCKETS, gather, split
+from cfe_hpc.recovery.ledger import Summary, summarise
+from cfe_hpc.recovery.result import close_books, write_result
+from cfe_hpc.runfolder import RunFolder
+
+ZERO = epoch_s(stamp(0)) or 0.0
+
+
+def started(number: int, at: float, *, allocated: float, startup: float = 2.0, restart: int = 0) -> dict[str, Any]:
+    detail = {"total_steps": 100, "startup_seconds": startup, "allocated_s": ZERO + allocated, "restart": restart}
+    return {"event": "started", "attempt": number, "time": stamp(at), "detail": detail}
+
+
+def said(event: str, number: int, at: float, **fields: Any) -> dict[str, Any]:
+    return {"event": event, "attempt": number, "time": stamp(at), **fields}
+
+
+def line(number: int, done: int, at: float, /, **spent: float) -> dict[str, Any]:
+    return {"time": stamp(at), "attempt": number, "step": done, "step_seconds": 1.0, "spent": spent}
+
+
+def ended(folder: RunFolder, number: int, at: float) -> None:
+    folder.control.mkdir(exist_ok=True)
+    (folder.control / f"ended-{number}").write_text(json.dumps({"time": stamp(at), "status": 0}))
+
+
+def used(summary: Summary) -> dict[str, float]:
+    """The buckets that hold anything; all of them together are the time from submission to the end."""
+    assert list(summary.buckets) == list(BUCKETS)
+    assert sum(summary.buckets.values()) == pytest.approx(summary.wall_seconds, abs=0.01)
+    assert sum(summary.buckets.values()) - summary.buckets["queue"] == pytest.approx(
+        summary.allocated_seconds, abs=0.01
+    )
+    return {bucket: seconds for bucket, seconds in summary.buckets.items() if seconds}
+
+
+def test_a_preemption_between_two_attempts(tmp_path: Path) -> None:
+    """Attempt 0 has its nodes from 10 to 40, attempt 1 from 60 to 90; nothing is lost."""
+    events: Events = [
+        {"event": "submitted", "time": stamp(0)},
+        started(0, 14, allocated=10),
+        said("signal", 0, 30, step=10),
+        said("checkpoint_saved", 0, 33, step=10, seconds=3.0),
+        said("requeued", 0, 34, step=10, reason="preempted"),
+        started(1, 65, allocated=60, startup=4.0),
+        said("resumed", 1, 67, step=10, seconds=2.0),
+        said("completed", 1, 88, step=20),
+        said("checkpoint_saved", 1, 86, step=20, seconds=2.0),
+    ]
+    beats = [
+        line(0, 5, 20, startup=2.0, step=5.0, data=1.0),
+        line(0, 10, 30, step=8.0, checkpoint=2.0),
+        line(1, 20, 84, startup=4.0, restore=2.0, step=16.0, evaluation=1.0),
+    ]
+    folder = write_run(tmp_path, events, beats)
+    ended(folder, 0, 40)
+    ended(folder, 1, 90)
+    summary = summarise(folder)
+    assert used(summary) == {
+        "queue": 30.0,
+        "startup": 4.0 + 5.0,
+        "restore": 2.0,
+        "steps": 29.0,
+        "checkpoint": 2.0 + 3.0 + 2.0,
+        "evaluation": 1.0,
+        "data": 1.0,
+        "shutdown": 7.0 + 4.0,
+    }
+    assert (summary.goodput, summary.lost_steps) == (round(29 / 60, 4), 0)
+
+
+def test_steps_done_twice_and_what_came_after_the_last_line_are_lost(tmp_path: Path) -> None:
+    """Killed at 25 after step 10, saved at 6: of 9 s in steps 4 to 10, 4 of 7 are lost, and the 5 s after them."""
+    events: Events = [
+        started(0, 2, allocated=0),
+        said("checkpoint_saved", 0, 11, step=6, seconds=1.0),
+        said("failed", 0, 25, reason="rank 1 was killed", rank=1),
+        said("requeued", 0, 26, reason="failed"),
+        started(1, 42, allocated=40),
+        said("resumed", 1, 43, step=6, seconds=1.0),
+    ]
+    beats = [
+        line(0, 3, 9, startup=2.0, step=7.0),
+        line(0, 10, 20, step=10.5, checkpoint=0.5),
+        line(1, 12, 55, startup=2.0, restore=1.0, step=12.0),
+    ]
+    folder = write_run(tmp_path, events, beats)
+    ended(folder, 0, 28)
+    assert used(summarise(folder)) == {
+        "queue": 12.0,
+        "startup": 4.0,
+        "restore": 1.0,
+        "steps": 7.0 + 10.5 * 3 / 7 + 12.0,
+        "lost": 10.5 * 4 / 7 + 5.0,
+        "checkpoint": 0.5,
+        "shutdown": 3.0,
+    }
+    assert summarise(folder).lost_steps == 4
+
+
+def test_a_checkpoint_that_no_attempt_resumes_from_saves_nothing(tmp_path: Path) -> None:
+    """Attempt 2 goes back to step 5, behind what attempt 1 resumed from: of attempt 0, too, only 5 steps count."""
+    events: Events = []
+    beats = []
+    for number, (start, end) in enumerate([(0, 10), (8, 9), (5, 12)]):
+        at = 100 * number
+        events += [started(number, at + 2, allocated=at), said("resumed", number, at + 2, step=start)]
+        beats.append(line(number, end, at + 2 + end - start, startup=2.0, step=end - start))
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert summary.lost_steps == 5 + 1
+    assert used(summary) == {"queue": 185.0, "startup": 6.0, "steps": 5.0 + 7.0, "lost": 5.0 + 1.0}
+
+
+def test_a_roll_back_loses_the_steps_that_it_undoes(tmp_path: Path) -> None:
+    events: Events = [
+        started(0, 2, allocated=0),
+        said("checkpoint_saved", 0, 12, step=10, seconds=0.0),
+        said("rolled_back", 0, 20, step=10, reason="nan", detail={"bad_step": 15, "undone": 5}),
+        said("signal", 0, 27, step=14),
+        said("checkpoint_saved", 0, 28, step=14, seconds=1.0),
+        said("requeued", 0, 28, reason="time_limit"),
+    ]
+    beats = [
+        line(0, 10, 12, startup=2.0, step=10.0),
+        line(0, 15, 18, step=5.5, data=0.5),
+        line(0, 14, 27, restore=3.0, step=6.0),
+    ]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.lost_steps, summary.last_step) == (5, 14)
+    assert used(summary) == {
+        "startup": 2.0,
+        "restore": 3.0,
+        "steps": 16.0,
+        "lost": 5.5,
+        "checkpoint": 1.0,
+        "data": 0.5,
+    }
+
+
+def test_a_restart_inside_the_allocation_is_the_same_attempt(tmp_path: Path) -> None:
+    events: Events = [
+        started(0, 3, allocated=0),
+        said("failed", 0, 10, reason="ValueError: x"),
+        started(0, 15, allocated=0, startup=2.0, restart=1),
+        said("resumed", 0, 16, step=4),
+        said("completed", 0, 30, step=14),
+    ]
+    beats = [line(0, 6, 9, startup=2.0, step=6.0), line(0, 14, 29, startup=2.0, restore=1.0, step=13.0)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.attempts, summary.lost_steps) == (1, 2)
+    assert used(summary) == {
+        "startup": 1 + 2.0 + 3 + 2.0,
+        "restore": 1.0,
+        "steps": 4 + 13.0,
+        "lost": 2 + 1.0,
+        "shutdown": 1.0,
+    }
+
+
+def test_an_attempt_that_was_stopped_before_its_first_step(tmp_path: Path) -> None:
+    events: Events = [
+        started(0, 6, allocated=0, startup=5.0),
+        said("resumed", 0, 8, step=3, seconds=2.0),
+        said("signal", 0, 8.5, step=3),
+        said("requeued", 0, 9, step=3, reason="preempted"),
+    ]
+    folder = write_run(tmp_path, events, [])
+    ended(folder, 0, 12)
+    assert used(summarise(folder)) == {"startup": 6.0, "restore": 2.0, "shutdown": 4.0}
+
+
+def test_what_a_later_attempt_tells_of_an_earlier_one_does_not_lengthen_it(tmp_path: Path) -> None:
+    events: Events = [
+        started(0, 2, allocated=0),
+        started(1, 102, allocated=100),
+        said("failed", 0, 101, reason="node n1 is DOWN", cause="node_failure", host="n1"),
+    ]
+    beats = [line(0, 8, 10, startup=2.0, step=8.0), line(1, 3, 105, startup=2.0, step=3.0)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert summary.allocated_seconds == 15.0
+    assert used(summary) == {"queue": 90.0, "startup": 4.0, "steps": 3.0, "lost": 8.0}
+
+
+def test_the_time_of_lines_that_are_torn_is_shared_out(tmp_path: Path) -> None:
+    beats = [line(0, 10, 12, startup=2.0, step=10.0), line(0, 30, 36, step=9.0, data=1.0)]
+    summary = summarise(write_run(tmp_path, [started(0, 2, allocated=0)], beats))
+    assert used(summary) == pytest.approx({"startup": 2.0, "steps": 34 * 19 / 20, "data": 34 / 20}, abs=0.001)
+
+
+def test_a_run_that_trains_has_lost_nothing_yet(tmp_path: Path) -> None:
+    events: Events = [started(0, 2, allocated=0), said("checkpoint_saved", 0, 15, step=10, seconds=9.0)]
+    summary = summarise(write_run(tmp_path, events, [line(0, 10, 12, startup=2.0, step=10.0)]))
+    assert used(summary) == {"startup": 2.0, "steps": 13.0}
+
+
+def test_lines_of_older_versions_have_no_buckets(tmp_path: Path) -> None:
+    beats = [line(0, 10, 12, startup=2.0, step=10.0), {**line(0, 20, 22), "spent": None}]
+    summary = summarise(write_run(tmp_path, [started(0, 2, allocated=0)], beats))
+    assert (summary.buckets, summary.goodput) == ({}, round(20 / 22, 4))
+
+
+def test_a_command_that_says_nothing_of_steps_has_no_buckets(tmp_path: Path) -> None:
+    events: Events = [said("started", 0, 2, detail={"job_id": "7"}), said("completed", 0, 9)]
+    assert summarise(write_run(tmp_path, events, [])).buckets == {}
+
+
+def test_the_result_is_brought_up_to_the_end_of_the_allocation(tmp_path: Path) -> None:
+    events: Events = [started(0, 2, allocated=0), said("checkpoint_saved", 0, 15, step=10, seconds=3.0)]
+    folder = write_run(tmp_path, events, [line(0, 10, 12, startup=2.0, step=10.0)])
+    close_books(folder)
+    assert folder.result() is None
+    write_result(folder, "COMPLETED", attempts=1, final_step=10)
+    with open(folder.events_path, "a") as stream:
+        stream.write(json.dumps(said("completed", 0, 16, step=10)) + "\n")
+    ended(folder, 0, 20)
+    close_books(folder)
+    result = folder.result()
+    assert result is not None
+    assert {bucket: seconds for bucket, seconds in result["buckets"].items() if seconds} == {
+        "startup": 2.0,
+        "steps": 10.0,
+        "checkpoint": 3.0,
+        "shutdown": 5.0,
+    }
+    assert (result["goodput"], result["state"], result["attempts"]) == (0.5, "COMPLETED", 1)
+    assert result["measured"] == {
+        "step_p95_s": 1.0,
+        "save_p95_s": 3.0,
+        "blocked_p95_s": 3.0,
+        "interruptions": 0,
+        "trained_s": 13.0,
+    }
+
+
+def test_who_writes_that_the_run_has_completed_counts_its_last_save(tmp_path: Path) -> None:
+    events: Events = [started(0, 2, allocated=0), said("checkpoint_saved", 0, 15, step=10, seconds=3.0)]
+    folder = write_run(tmp_path, events, [line(0, 10, 12, startup=2.0, step=10.0)])
+    summary = summarise(folder, completing_s=ZERO + 16)
+    assert used(summary) == {"startup": 2.0, "steps": 10.0, "checkpoint": 3.0, "shutdown": 1.0}
+
+
+NAMES = ("started", "resumed", "checkpoint_saved", "signal", "rolled_back", "failed", "requeued", "completed", "held")
+MINUTES = st.integers(0, 50).map(lambda at: 60.0 * at)
+TIMES = st.none() | MINUTES.map(stamp)
+STEPS = st.integers(0, 9)
+SECONDS = st.sampled_from([None, "nan", -5.0, 0.0, 3.5, 60.0, 600.0])
+DETAILS = st.fixed_dictionaries(
+    {"total_steps": st.just(30)},
+    optional={
+        "startup_seconds": SECONDS,
+        "allocated_s": MINUTES.map(lambda at: ZERO + at),
+        "restart": st.integers(0, 2),
+    },
+)
+EVENTS = st.fixed_dictionaries(
+    {"event": st.sampled_from(NAMES), "attempt": st.integers(0, 2), "time": TIMES},
+    optional={"step": STEPS, "detail": DETAILS, "reason": st.sampled_from(["preempted", "failed", "nan"])},
+)
+SPENT = st.dictionaries(st.sampled_from(["startup", "restore", "step", "data", "queue", "x"]), SECONDS, max_size=3)
+BEATS = st.fixed_dictionaries({"attempt": st.integers(0, 2), "step": STEPS, "time": TIMES, "spent": SPENT})
+
+
+@given(
+    st.lists(EVENTS, max_size=8),
+    st.lists(BEATS, max_size=6),
+    st.dictionaries(st.integers(0, 2), MINUTES, max_size=2),
+    st.none() | MINUTES,
+)
+def test_the_buckets_of_a_part_add_up_whatever_was_written(
+    events: Events, beats: Events, ends: dict[int, float], completing: float | None
+) -> None:
+    attempts = read_attempts(events)
+    for attempt in attempts:
+        attempt.ended_s = ZERO + ends[attempt.number] if attempt.number in ends else None
+    parts = gather(attempts, events, beats)
+    split(parts, completing_s=None if completing is None else ZERO + completing)
+    for part in parts:
+        assert sum(part.buckets.values()) == pytest.approx(part.allocated_s, abs=1e-3)
+        assert all(seconds >= -1e-6 for seconds in part.buckets.values()), part.buckets
+        assert all(leg.start <= leg.kept <= leg.end for leg in part.legs if leg.trained)
