@@ -1,12 +1,13 @@
 """The product's promise on the real Slurm: preempted, out of time and requeued, a run ends as if nothing had happened.
 
-Every engine and both variants are disturbed five times each. The runs share one cluster of their own and go through
-their troubles at the same time; each has its test.
+Every engine, both variants and every launcher are disturbed five times each. The runs share one cluster of their own
+and go through their troubles at the same time; each has its test.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,17 +18,43 @@ import pytest
 from slurm.cluster import Cluster
 from spine.harness import SMALL, LiveRun, cfe, site_file, training_job
 
+VARIANTS = ("rope", "irope")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ALL = [
-    (kind, stage, variant, saves)
-    for saves in ("beside", "at stops")
-    for kind, stage in (("torch", 0), *(("deepspeed", z) for z in range(4)))
-    for variant in ("rope", "irope")
+ENGINES = [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
+# How the ranks are started; "joined" is a command that joins the run, "script" a user's own training that does.
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "srun": {},
+    "torchrun": {"launch": {"launcher": "torchrun"}},
+    "deepspeed": {"launch": {"launcher": "deepspeed"}},
+    "joined": {
+        "entry": None,
+        "command": [sys.executable, "-c", "import cfe_hpc, entries; entries.paced(cfe_hpc.join())"],
+    },
+    "script": {"entry": None, "command": [sys.executable, "entries_plain.py"]},
+}
+Combination = tuple[str, int, str, str, str]
+# Each engine once, the variants and launchers in turn, with checkpoints written beside training while it is disturbed
+# (undisturbed, training waits for its last one).
+SOME: list[Combination] = [
+    ("torch", 0, "irope", "beside", "srun"),
+    ("deepspeed", 0, "rope", "beside", "torchrun"),
+    ("deepspeed", 1, "irope", "beside", "srun"),
+    ("deepspeed", 2, "rope", "beside", "joined"),
+    ("deepspeed", 3, "irope", "beside", "torchrun"),
+    ("torch", 0, "rope", "beside", "script"),
 ]
-# Each engine once, the variants in turn, with checkpoints written beside training while it is disturbed (undisturbed,
-# training waits for its last one); CFE_TEST_FULL=1 runs every pair both ways.
-COMBINATIONS = ALL if os.environ.get("CFE_TEST_FULL") else [ALL[i] for i in (1, 2, 5, 6, 9)]
+ALL: list[Combination] = [
+    *(
+        (*engine, variant, saves, "srun")
+        for saves in ("beside", "at stops")
+        for engine in ENGINES
+        for variant in VARIANTS
+    ),
+    *((*engine, "rope", "beside", launch) for launch in ("torchrun", "deepspeed", "joined") for engine in ENGINES),
+    SOME[-1],
+]
+COMBINATIONS = ALL if os.environ.get("CFE_TEST_FULL") else SOME
 AT_A_TIME = 3
 
 
@@ -45,25 +72,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fleet:
-    """All combinations on one cluster, a few at a time."""
+    """Combinations on one cluster, a few at a time."""
 
-    def __init__(self, root: Path, data: Path) -> None:
+    def __init__(self, root: Path, data: Path, chosen: list[Combination]) -> None:
         self._root, self._data = root, data
         self._cluster = Cluster.start("--nodes", str(4 * AT_A_TIME))
         self._pool = ThreadPoolExecutor(AT_A_TIME)
-        self.outcomes: dict[tuple[str, int, str, str], Future[tuple[dict[str, Any], LiveRun]]] = {
-            each: self._pool.submit(self._go_through, *each) for each in COMBINATIONS
+        self.outcomes: dict[Combination, Future[tuple[dict[str, Any], LiveRun]]] = {
+            each: self._pool.submit(self._go_through, *each) for each in chosen
         }
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._cluster.stop()
 
-    def _go_through(self, kind: str, stage: int, variant: str, saves: str) -> tuple[dict[str, Any], LiveRun]:
-        folder = self._root / f"{kind}-{stage}-{variant}-{saves.replace(' ', '-')}"
+    def _go_through(
+        self, kind: str, stage: int, variant: str, saves: str, launch: str
+    ) -> tuple[dict[str, Any], LiveRun]:
+        folder = self._root / f"{kind}-{stage}-{variant}-{saves.replace(' ', '-')}-{launch}"
         folder.mkdir()
         site = site_file(folder)
-        words = {"kind": kind, "zero_stage": stage, "variant": variant, "data": self._data}
+        words = {"kind": kind, "zero_stage": stage, "variant": variant, "data": self._data, **LAUNCHES[launch]}
         # Whole nodes each: a preemptor sent for one run must not hit another.
         job = training_job(folder, **words, partition="spot", cpus=8)
         undisturbed = LiveRun.submit(job, site, cwd=folder, env=self._cluster.env)
@@ -99,15 +128,20 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Fleet]:
-    running = Fleet(tmp_path_factory.mktemp("fleet"), data)
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Fleet]:
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    mine = [item.callspec.params for item in items if item.module is request.module and hasattr(item, "callspec")]
+    chosen = [tuple(each[name] for name in ("kind", "stage", "variant", "saves", "launch")) for each in mine]
+    running = Fleet(tmp_path_factory.mktemp("fleet"), data, chosen)
     yield running
     running.close()
 
 
-@pytest.mark.parametrize(("kind", "stage", "variant", "saves"), COMBINATIONS)
-def test_five_disturbances_change_no_bit(fleet: Fleet, kind: str, stage: int, variant: str, saves: str) -> None:
-    undisturbed, run = fleet.outcomes[kind, stage, variant, saves].result(timeout=880)
+@pytest.mark.parametrize(("kind", "stage", "variant", "saves", "launch"), COMBINATIONS)
+def test_five_disturbances_change_no_bit(
+    fleet: Fleet, kind: str, stage: int, variant: str, saves: str, launch: str
+) -> None:
+    undisturbed, run = fleet.outcomes[kind, stage, variant, saves, launch].result(timeout=880)
     result = run.folder.result()
     assert result is not None
     assert (result["state"], result["final_step"]) == ("COMPLETED", SMALL["steps"])

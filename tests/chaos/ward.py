@@ -16,6 +16,7 @@ from slurm.cluster import Cluster
 from spine.harness import SMALL, LiveRun, site_file
 from spine.stage import Stage, rank_pids
 
+from chaos.kinds import kind
 from chaos.plan import INTERVAL, STEPS, Fault, RunPlan
 
 __all__ = ["ACTS", "Delivered", "Surroundings", "Ward"]
@@ -121,17 +122,15 @@ class Ward:
     # Before and after a fault
 
     def _ready(self, fault: Fault) -> int:
-        """Wait until the running attempt has left the run further than it found it; its number."""
+        """Wait until an attempt that no fault has ended yet has left the run further than it found it; its number."""
+        ended = max((each.attempt for each in self.delivered if kind(each.fault.kind).reasons), default=-1)
 
         def there() -> bool:
             attempt = self.run.attempt()
-            saved = [
-                e["step"] for e in self.run.events("checkpoint_saved") if e["attempt"] == attempt and "seconds" in e
-            ]
-            beats = list(self.run.folder.heartbeats())
-            return (
-                bool(saved and beats) and beats[-1]["attempt"] == attempt and self._is_time(saved, beats, fault.after)
-            )
+            events = [event for event in self.run.events("checkpoint_saved") if event["attempt"] == attempt]
+            saved = [event["step"] for event in events if "seconds" in event]
+            beats = [beat for beat in self.run.folder.heartbeats() if beat["attempt"] == attempt]
+            return attempt > ended and bool(saved and beats) and self._is_time(saved, beats, fault.after)
 
         self.run.wait(there, _PROGRESS_S, "training on")
         return self.run.attempt()

@@ -61,16 +61,21 @@ SMALL = {
 def training_job(
     folder: Path, *, kind: str, zero_stage: int, variant: str, data: Path, partition: str, cpus: int = 2, **more: Any
 ) -> Path:
-    """A small training on two nodes of the mini Slurm, one rank with `cpus` cores on each."""
-    return write_job(
-        folder,
-        name=f"{kind}-{zero_stage}-{variant}",
-        entry="entries:paced",
-        resources={"nodes": 2, "devices_per_node": 1, "cpus_per_device": cpus, "time": "20m", "partition": partition},
-        engine={"kind": kind, "zero_stage": zero_stage, "precision": "bf16" if zero_stage % 2 else "fp32"},
-        params={**SMALL, "data": str(data), "rope_variant": variant},
-        **more,
-    )
+    """A small training on two nodes of the mini Slurm, one rank with `cpus` cores on each; `more` tables go first."""
+    tables: dict[str, Any] = {
+        "name": f"{kind}-{zero_stage}-{variant}",
+        "entry": "entries:paced",
+        "resources": {
+            "nodes": 2,
+            "devices_per_node": 1,
+            "cpus_per_device": cpus,
+            "time": "20m",
+            "partition": partition,
+        },
+        "engine": {"kind": kind, "zero_stage": zero_stage, "precision": "bf16" if zero_stage % 2 else "fp32"},
+        "params": {**SMALL, "data": str(data), "rope_variant": variant},
+    }
+    return write_job(folder, **{**tables, **more})
 
 
 class LiveRun:

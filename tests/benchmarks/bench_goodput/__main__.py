@@ -58,7 +58,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preemptions", type=int, default=3, help="of each run (%(default)s)")
     parser.add_argument("--mean", type=float, default=30.0, help="mean seconds of an allocation (%(default)s)")
     parser.add_argument("--steps", type=int, help="of the training (what leaves 0.6 of a mean after the last one)")
-    parser.add_argument("--every", type=int, default=25, help="steps from one periodic save to the next (%(default)s)")
+    parser.add_argument("--every", type=int, default=60, help="steps from one periodic save to the next (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="about 10 minutes each (%(default)s)")
     parser.add_argument("--ways", default=";".join(WAYS), help='separated by ";" (%(default)s)')
     parser.add_argument("--user-signal", action="store_true", help="a site that preempts with the job's own signal")

@@ -88,7 +88,8 @@ def _allocations(cluster: Cluster, job_id: str) -> list[tuple[float, float]]:
 def _commits_s(folder: Path) -> list[float]:
     events = [event for path in folder.glob("runs/*/*/events.ndjson") for event in read_ndjson(path)]
     saved = {(event["attempt"], event["step"]): event for event in events if event["event"] == "checkpoint_saved"}
-    preempted = [event for event in events if event["event"] == "preempted"]
+    # One that comes before the ranks can hear it has nothing to save.
+    preempted = [each for each in events if each["event"] == "preempted" and each.get("seconds") is not None]
     return [_at(saved[each["attempt"], each["step"]]) - (_at(each) - each["seconds"]) for each in preempted]
 
 
