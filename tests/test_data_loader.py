@@ -109,6 +109,70 @@ def test_each_window_once_an_epoch_however_often_the_world_changes(counted, plan
         assert len(set(epoch)) == len(epoch)
 
 
+@given(
+    plan=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 2), st.integers(1, 8), st.integers(-1, 3)),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(deadline=None, max_examples=60)
+def test_only_what_is_skipped_is_left_out_at_any_world_size(counted, plan):
+    """Before each part of the plan one of the batches ahead is to be skipped, if its number is not negative."""
+    windows = TokenWindows(counted, seq_len=SEQ_LEN)
+    solo = BatchLoader(windows, global_batch=1)
+    order = consumed([solo], 6 * 8 * 8 * 5)
+    state, taken, skipped = None, [], set()
+    for world_size, multiple, steps, ahead in plan:
+        loaders = ranks(windows, world_size, 4 * multiple)
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(state)
+            if ahead >= 0:
+                window = loader.window_ahead(ahead)
+                for _ in range(2):  # the second time changes nothing
+                    loader.skip_window(*window)
+        if ahead >= 0:
+            skipped |= set(range(*window))
+        taken += consumed(loaders, steps)
+        states = [loader.state_dict() for loader in loaders]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    kept = [window for sample, window in enumerate(order) if sample not in skipped]
+    assert taken == kept[: len(taken)]
+
+
+@pytest.mark.parametrize("options", [{}, IN_FILE], ids=["memory", "file"])
+def test_a_window_ahead_is_the_batch_that_would_come(counted, options):
+    loader = BatchLoader(TokenWindows(counted, seq_len=SEQ_LEN, **options), global_batch=8)
+    loader.next_batch()
+    batches = [consumed([loader], 1) for _ in range(9)]  # over the end of the epoch
+    loader.load_state_dict({**loader.state_dict(), "samples": 8})
+    assert loader.window_ahead(6) == (56, 64)
+    loader.skip_window(*loader.window_ahead(6))
+    assert loader.window_ahead(6) == (64, 72)
+    assert loader.window_ahead(5) == (48, 56)
+    assert [consumed([loader], 1) for _ in range(8)] == [*batches[:6], *batches[7:]]
+    assert loader.epoch == 1
+
+
+def test_a_skip_in_the_middle_of_a_batch_is_filled_up(counted):
+    loader = BatchLoader(TokenWindows(counted, seq_len=SEQ_LEN), global_batch=8)
+    order = consumed([loader], 7)
+    loader.load_state_dict({**loader.state_dict(), "samples": 0, "skipped": [[3, 5]]})
+    assert loader.window_ahead(0) == (0, 10)
+    assert consumed([loader], 2) == [*order[:3], *order[5:18]]
+
+
+def test_a_position_of_an_earlier_version_skips_nothing(counted):
+    loader = BatchLoader(TokenWindows(counted, seq_len=SEQ_LEN), global_batch=8)
+    state = loader.state_dict()
+    loader.skip_window(0, 8)
+    del state["skipped"]
+    loader.load_state_dict(state)
+    assert loader.window_ahead(0) == (0, 8)
+
+
 def test_a_batch_spans_two_epochs_without_loss(counted):
     loaders = ranks(TokenWindows(counted, seq_len=SEQ_LEN), 2, 4)
     taken = consumed(loaders, 61)  # 244 windows: four epochs

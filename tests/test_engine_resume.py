@@ -43,7 +43,9 @@ def make(spec: EngineSpec, *, seed: int, world_size: int) -> Any:
     return params, make_engine(spec, params, model, device=device, accumulate=accumulate, world_size=world_size)
 
 
-def train(params: Any, engine: Any, first: int, last: int, *, rank: int, world_size: int) -> list[float]:
+def train(
+    params: Any, engine: Any, first: int, last: int, *, rank: int, world_size: int, scale: float = 1.0
+) -> list[float]:
     """Steps [first, last) on data that depend on the step alone; the norms of their gradients."""
     import torch
 
@@ -56,7 +58,7 @@ def train(params: Any, engine: Any, first: int, last: int, *, rank: int, world_s
         micros = windows.chunk(world_size)[rank].split(params.micro_batch)
         for index, micro in enumerate(micros):
             engine.forward_backward(micro[:, :-1], micro[:, 1:], is_last=index == len(micros) - 1)
-        norms.append(float(engine.step(rate_at(step, params))))
+        norms.append(float(engine.step(rate_at(step, params) * scale)))
     return norms
 
 
@@ -71,7 +73,18 @@ def undisturbed(rank: int, names: list[str], root: str, world_size: int) -> dict
         norms += train(params, engine, STOP_AT, STEPS, rank=rank, world_size=world_size)
         weights = {parameter: tensor.clone() for parameter, tensor in state.consolidated()}
         results[name] = {"digest": digest(weights.items()), "norms": norms, "order": list(weights)}
+        spoilt = spoil(params, engine, state.consolidated, rank=rank, world_size=world_size)
+        first = load_sharded(Path(root, name), state)
+        norms = train(params, engine, first, STEPS, rank=rank, world_size=world_size)
+        results[name]["back"] = {"digest": digest(state.consolidated()), "norms": norms, "spoilt": spoilt}
     return results
+
+
+def spoil(params: Any, engine: Any, weights: Any, *, rank: int, world_size: int) -> bool:
+    """Make every weight NaN, and then gradients and moments as far as the engine takes them; whether they are."""
+    train(params, engine, 0, 1, rank=rank, world_size=world_size, scale=float("nan"))
+    train(params, engine, 1, 2, rank=rank, world_size=world_size)
+    return all(tensor.isnan().all() for _, tensor in weights())
 
 
 def resumed(rank: int, names: list[str], root: str, world_size: int) -> dict[str, Any]:
@@ -111,6 +124,16 @@ def test_resume_at_the_same_world_size_is_bit_exact(name: str, saved: Any, again
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_going_back_in_the_same_process_is_bit_exact(name: str, saved: Any) -> None:
+    for rank in (0, 1):
+        reference = saved[1][rank][name]
+        assert reference["back"]["spoilt"]
+        assert reference["back"]["norms"] == reference["norms"][STOP_AT:]
+        assert reference["back"]["digest"] == reference["digest"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_resume_at_another_world_size_goes_on_from_the_same_state(world_size: int, saved: Any, again: Any) -> None:
     names = [name for name in SPECS if "fp32" in name and "bf16" not in name]
@@ -122,8 +145,9 @@ def test_resume_at_another_world_size_goes_on_from_the_same_state(world_size: in
                 numpy.testing.assert_allclose(results[name]["weights"][parameter], expected, rtol=1e-4, atol=1e-5)
 
 
-def ddp(rank: int, root: str, seed: int, first: int, last: int) -> tuple[list[float], str]:
-    """Steps [first, last) of plain torch on three ranks, from the newest checkpoint to one of the last step."""
+def ddp(rank: int, root: str, seed: int, first: int, last: int) -> list[tuple[list[float], str]]:
+    """Steps [first, last) of plain torch on three ranks, from the newest checkpoint to one of the last step; and the
+    same once more after going back there in this very process, from weights and moments of NaN."""
     from cfe_hpc.checkpoints.store import resume, save
     from cfe_hpc.checkpoints.tracked import capture, restore
 
@@ -136,7 +160,13 @@ def ddp(rank: int, root: str, seed: int, first: int, last: int) -> tuple[list[fl
     norms = train(params, engine, first, last, rank=rank, world_size=3)
     content = capture(tracked, group=group)
     save(Path(root), content, step=last, attempt=first, run_id="r", group=group)
-    return norms, digest(sorted(tracked["model"].state_dict().items()))
+    results = [(norms, digest(sorted(tracked["model"].state_dict().items())))]
+    if first:
+        spoil(params, engine, tracked["model"].state_dict().items, rank=rank, world_size=3)
+        assert resume(Path(root), load, run_id="r", attempt=first, group=group, below=last).step == first
+        norms = train(params, engine, first, last, rank=rank, world_size=3)
+        results.append((norms, digest(sorted(tracked["model"].state_dict().items()))))
+    return results
 
 
 @pytest.mark.slow
@@ -144,5 +174,7 @@ def test_plain_torch_on_three_ranks_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = on_ranks(3, ddp, str(tmp_path / "whole"), 1, 0, STEPS)
     parts = [on_ranks(3, ddp, str(tmp_path / "parts"), *words) for words in ((1, 0, STOP_AT), (2, STOP_AT, STEPS))]
     for rank in range(3):
-        assert parts[0][rank][0] + parts[1][rank][0] == whole[rank][0]
-        assert parts[1][rank][1] == whole[rank][1]
+        ((norms, weights),) = whole[rank]
+        for again in parts[1][rank]:  # resumed, and gone back
+            assert (parts[0][rank][0][0] + again[0], again[1]) == (norms, weights)
+        assert len(parts[1][rank]) == 2

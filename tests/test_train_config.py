@@ -7,7 +7,7 @@ import pytest
 from cfe_hpc.config.job import Engine as EngineSpec
 from cfe_hpc.config.load import load
 from cfe_hpc.errors import ConfigError
-from cfe_hpc.train.config import Params, grad_accum_steps, read_params
+from cfe_hpc.train.config import Params, fitted_batch, grad_accum_steps, read_params
 from cfe_hpc.train.engine_deepspeed import deepspeed_config
 from cfe_hpc.train.model import Transformer
 from cfe_hpc.train.optim import parameter_groups, rate_at
@@ -66,6 +66,31 @@ def test_the_batch_is_shared_among_ranks() -> None:
     for world in (5, 24):
         with pytest.raises(ConfigError, match=r"params\.global_batch: does not divide among"):
             grad_accum_steps(params, world_size=world, file="x")
+
+
+def fitted(world_size: int, limit: int, *, planned: int = 8, global_batch: int = 48, micro_batch: int = 6) -> object:
+    params = Params(global_batch=global_batch, micro_batch=micro_batch)
+    return fitted_batch(params, world_size=world_size, planned_world_size=planned, limit=limit, file="x")
+
+
+def test_a_step_has_the_same_global_batch_whatever_happens() -> None:
+    assert fitted(8, 6) == (6, 1)
+    # fewer ranks: the job's micro-batch where it divides the share, and else the next smaller that does
+    assert [fitted(world, 6) for world in (6, 4, 3, 2, 1)] == [(4, 2), (6, 2), (4, 4), (6, 4), (6, 8)]
+    # halved once and twice, and as far as it goes
+    assert [fitted(8, limit) for limit in (3, 1)] == [(3, 2), (1, 6)]
+    assert fitted(4, 1) == (1, 12)
+    for world, limit in ((8, 6), (6, 6), (3, 3), (2, 1), (1, 5)):
+        micro, accumulate = fitted(world, limit)  # type: ignore[misc]
+        assert micro * accumulate * world == 48 and micro <= limit
+
+
+def test_ranks_that_cannot_share_the_batch_are_named() -> None:
+    for world in (5, 7):
+        with pytest.raises(ConfigError, match=rf"params\.global_batch: .*{world} ranks, instead of the 8 planned"):
+            fitted(world, 6)
+    with pytest.raises(ConfigError, match="does not divide among 8 ranks with micro_batch = 5"):
+        fitted(4, 5, micro_batch=5)
 
 
 def test_the_rate_rises_then_falls_along_a_cosine() -> None:
