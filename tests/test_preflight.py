@@ -20,9 +20,9 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.devices.resolve import resolve
 from cfe_hpc.errors import ImpossibleError, Problem
 from cfe_hpc.ranks import preflight
-from cfe_hpc.ranks.bootstrap import Place
+from cfe_hpc.ranks.bootstrap import Place, bootstrap
 from cfe_hpc.ranks.control import GlooGroup
-from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.env import RankFacts, read_facts
 from cfe_hpc.ranks.preflight import Report, judge, require
 from cfe_hpc.ranks.rendezvous import Meeting
 from cfe_hpc.ranks.stopping import Ended
@@ -158,6 +158,18 @@ def rank_main(rank: int, port: int, folders: dict[str, str], answers: Any) -> No
     mine = replace(facts(2, rank=rank), scheduler="local")
     place = Place(facts=mine, meeting=meeting, device=resolve("cpu").device, group=group)
     answers.put((rank, each_case(rank, place, group, folders)))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_missing_device_is_told_after_the_ranks_have_met(tmp_path: Path, asked: bool) -> None:
+    spec = make_spec(tmp_path, accelerator="hpu", job={"recovery": {"preflight": asked}})
+    folder = make_folder(tmp_path, spec)
+    environ = {"CFE_RANK": "0", "CFE_LOCAL_RANK": "0", "CFE_WORLD_SIZE": "1", "CFE_LOCAL_WORLD_SIZE": "1"}
+    place = bootstrap(read_facts(environ), spec, environ)
+    assert environ["MASTER_PORT"] == str(place.meeting.master_port)
+    with pytest.raises(ImpossibleError, match="no usable hpu device"):
+        require(folder, spec, place)
+    assert events(folder, "failed") == []
 
 
 def test_two_ranks_agree_on_who_is_fit(tmp_path: Path) -> None:
