@@ -9,11 +9,15 @@ from typing import get_args
 
 import pytest
 from pydantic import ValidationError
+from test_docs import column, table
 
 from cfe_hpc import errors
 from cfe_hpc.config.job import Recovery
 from cfe_hpc.recovery.causes import CAUSES, Cause, of_exception, of_text, row
 
+ROOT = Path(__file__).resolve().parent.parent
+
+NONE = "\N{EN DASH}"
 CAPTURED = Path(__file__).resolve().parent / "captured" / "errors.txt"
 LINES = [line.split(": ", 1) for line in CAPTURED.read_text(encoding="utf-8").splitlines()[1:]]
 
@@ -120,3 +124,25 @@ def test_names_of_errors_are_true() -> None:
     names = {f"{each.__module__}.{each.__qualname__}" for each in known if isinstance(each, type)}
     older = {"torch.cuda.OutOfMemoryError"}  # torch before 2.5
     assert {name for each in CAUSES for name in each.types} <= names | older
+
+
+def test_the_documents_table_is_the_codes() -> None:
+    rows = [row for row in table(ROOT / "docs" / "recovery.md", "## Causes") if row]
+    head, *body = rows
+    assert head[0] == "cause" and head[2:] == ["budget", "then", "same error", "brought about for real by"]
+    told = [(row[0], row[2], row[3], row[4]) for row in body]
+    assert told == [
+        (
+            f"`{each.cause}`",
+            f"`{each.budget}`" if each.budget else NONE,
+            NONE if each.retried == "always" else {"hold": "held", "fail": "failed"}[each.spent],
+            "yes" if each.same_error_holds else "no",
+        )
+        for each in CAUSES
+    ]
+
+
+def test_every_cause_is_brought_about_for_real_by_a_test() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name in column(table(ROOT / "docs" / "recovery.md", "## Causes"), "brought about for real by"):
+        assert f"\ndef {name.strip('`')}(" in tests, name

@@ -143,6 +143,24 @@ def test_the_log_of_a_command_says_more_than_its_status(scene: Scene) -> None:
     assert fault.line == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
 
 
+WATCHDOG = "[rank1]:[E321 ProcessGroupNCCL.cpp:607] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(…)"
+
+
+def test_a_rank_that_aborts_has_said_why_to_its_log(scene: Scene) -> None:
+    scene.log(1, "step 3", WATCHDOG, "terminate called after throwing an instance of 'c10::DistBackendError'")
+    scene.failed(0, GLOO)
+    scene.batch("srun: error: n8: task 1: Aborted (core dumped)")
+    assert (scene.find().cause, scene.find().rank, scene.find().line) == ("hang", 1, WATCHDOG)
+    scene.failed(1, "rank 1 was killed by SIGABRT", detail=KILLED)
+    assert (scene.find().cause, scene.find().rank) == ("hang", 1)
+
+
+def test_the_log_of_a_rank_that_was_killed_says_nothing_of_it(scene: Scene) -> None:
+    scene.log(1, "OSError: [Errno 28] No space left on device, trying again")
+    scene.failed(1, "rank 1 was killed by SIGKILL", detail=KILLED)
+    assert scene.find().cause == "failed"
+
+
 def test_the_line_is_that_of_the_error_and_not_the_last_one(scene: Scene) -> None:
     scene.log(1, "KeyError: 'a'", "ValueError: bad batch", "  \t", "a warning on the way out", "")
     scene.failed(1, "ValueError: bad batch")

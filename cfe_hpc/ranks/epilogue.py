@@ -63,9 +63,12 @@ def close_failed_attempt(
         return promise_next(folder, attempt=attempt, reason=cause)
     why = decision.why
     if decision.action == "hold":
-        shown = {} if fault is None or fault.line is None else {"log": fault.log, "line": fault.line}
-        why += f"; {shown['log']}: {shown['line']}" if shown and str(shown["line"]) not in why else ""
-        hold(folder, attempt=attempt, step=None, why=why, cause=cause, detail=shown or None)
+        shown = None
+        if fault is not None and fault.line is not None:
+            shown = {"log": fault.log, "line": fault.line}
+            said_already = fault.line.removeprefix("error: ") in why
+            why += "" if said_already else f"; {fault.log}: {fault.line}"
+        hold(folder, attempt=attempt, step=None, why=why, cause=cause, detail=shown)
     state: Literal["HELD", "FAILED"] = "HELD" if decision.action == "hold" else "FAILED"
     write_result(folder, state, attempts=attempt + 1, reason=why)
     return False

@@ -32,8 +32,8 @@ _TASK = re.compile(
     r"^srun: error: (?P<host>[^\s:]+): tasks? (?P<first>\d+)[\d,-]*: (?P<how>Exited with exit code \d+|[A-Z].*)$"
 )
 _NODE = re.compile(r"^srun: error: Node failure on (?P<host>[^\s,\[]+)")
-# A program that says nothing of its error but its status: its log may say more.
-_STATUS = re.compile(r"^exit status \d+$")
+# Words of who saw a rank end, not of the rank itself: its log may say more. One that was killed by SIGKILL had no time.
+_SEEN_FROM_OUTSIDE = re.compile(r"^exit status \d+$|SIGABRT|aborted|exited with (status|exit code) \d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def find(
     first = next((each for each in failures if not row(each.cause).symptom), None)
     if first is not None and first.cause != "failed":
         return _told(folder, attempt, first)
-    silent = _silent(batch, failures)
+    silent = _silent(folder, attempt, batch, failures)
     fault = _out_of_memory(batch, first, silent, oom_kills=oom_kills, slurm_state=slurm_state) or _dead_node(batch)
     if fault is not None:
         return fault
@@ -206,16 +206,25 @@ def _skews(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def _refined(folder: RunFolder, failure: _Failure) -> _Failure:
-    """The failure, its cause read from its rank's log where the event gives no more than an exit status."""
+    """The failure, its cause read from its rank's log where the event tells no more than how the rank ended."""
     reason, rank = str(failure.event.get("reason", "")), failure.event.get("rank")
-    if failure.cause != "failed" or "cause" in failure.event or rank is None or not _STATUS.match(reason):
+    if failure.cause != "failed" or "cause" in failure.event or rank is None:
         return failure
-    for _, line in _rank_lines(folder, int(failure.event["attempt"]), rank, _LAST_LINES):
-        cause = of_text(line)
-        if cause != "failed":
-            event = {**failure.event, "reason": f"{reason}: {line.strip()[:_MAX_LINE]}"}
-            return _Failure(cause=cause, event=event, time_s=failure.time_s, killed=failure.killed)
-    return failure
+    cause, why = _from_log(folder, int(failure.event["attempt"]), rank, reason)
+    if cause == "failed":
+        return failure
+    return _Failure(cause=cause, event={**failure.event, "reason": why}, time_s=failure.time_s, killed=False)
+
+
+def _from_log(folder: RunFolder, attempt: int, rank: int, why: str) -> tuple[Cause, str]:
+    """(cause, words) of a rank of which only the end was seen: what the last lines of its log speak of, if anything."""
+    lines = _rank_lines(folder, attempt, rank, _LAST_LINES) if _SEEN_FROM_OUTSIDE.search(why) else []
+    spoken = [(cause, line) for _, line in lines if (cause := of_text(line)) != "failed"]
+    if not spoken:
+        return "failed", why
+    # What a broken connection makes a program print on its way out comes last, and says less.
+    cause, line = min(spoken, key=lambda each: row(each[0]).symptom)
+    return cause, f"{why}: {line.strip()[:_MAX_LINE]}"
 
 
 def _rank_lines(folder: RunFolder, attempt: int, rank: int, count: int) -> list[tuple[Path, str]]:
@@ -242,7 +251,7 @@ def _batch_lines(folder: RunFolder, attempt: int) -> list[tuple[Path, str]]:
     return found
 
 
-def _silent(batch: list[tuple[Path, str]], failures: list[_Failure]) -> Fault | None:
+def _silent(folder: RunFolder, attempt: int, batch: list[tuple[Path, str]], failures: list[_Failure]) -> Fault | None:
     """The rank that died first, when it said nothing: those that srun ends because of it come later."""
     for _, line in batch:
         match = _TASK.match(line)
@@ -252,7 +261,8 @@ def _silent(batch: list[tuple[Path, str]], failures: list[_Failure]) -> Fault | 
         if any(each.event.get("rank") == rank for each in failures):
             return None
         how = match["how"][0].lower() + match["how"][1:]
-        return Fault(cause=of_text(line), why=f"rank {rank}: {how}", rank=rank, host=match["host"])
+        cause, why = _from_log(folder, attempt, rank, f"rank {rank}: {how}")
+        return Fault(cause=cause, why=why, rank=rank, host=match["host"])
     return None
 
 
