@@ -92,6 +92,7 @@ def test_keys_and_figures_of_a_run_that_has_ended(runs: Path, capsys: pytest.Cap
         "goodput": 0.75,
         "reason": "",
         "run_dir": str(folder.path),
+        "buckets": {},
     }
 
 
@@ -206,6 +207,25 @@ def test_the_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "RUN                       STATE   JOB  ATTEMPT  STEP  LOST  GOODPUT  HEARTBEAT  REASON\n"
         "toy-20260131-235900-abcd  FAILED  41   0        9/40  0     50.0%    -          a\n"
     )
+
+
+def test_the_table_of_one_run_tells_where_its_time_went(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(runs, job=slurm_job(41))
+    buckets = {"queue": 12.34, "startup": 2.0, "restore": 0.0, "steps": 7.0, "lost": 1.0}
+    folder.write_result({"state": "COMPLETED", "final_step": 9, "lost_steps": 0, "goodput": 0.7, "buckets": buckets})
+    assert main(["status", folder.run_id]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "",
+        "TIME           SECONDS  OF ALLOCATED",
+        "queue             12.3",
+        "startup            2.0         20.0%",
+        "steps              7.0         70.0%",
+        "lost               1.0         10.0%",
+        "allocated         10.0        100.0%",
+    ]
+    assert main(["status"]) == 0
+    assert "TIME" not in capsys.readouterr().out
+    assert status(capsys)[0]["buckets"] == buckets
 
 
 def test_no_runs_is_no_error(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

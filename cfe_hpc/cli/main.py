@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("check", "plan and check a job without sending it"),
     "status": ("status", "runs, their states, steps and goodput"),
     "logs": ("logs", "the logs of a run, one rank's or all merged"),
+    "report": ("report", "what became of a run, and where its time went"),
     "cancel": ("cancel", "stop a run for good"),
     "requeue": ("requeue", "save a run and put it back in the queue"),
     "drill": ("drill", "send a run the signals of a preemption, and see whether it survives"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from cfe_hpc.reports.status import RunStatus, SchedulerWord
     from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "read_statuses", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "State, attempt, step, lost steps, goodput and heartbeat age of one run, or of all there are. "
-        "Asks the scheduler once, and only about runs that have not ended."
+        "State, attempt, step, lost steps, goodput and heartbeat age of one run, or of all there are; for one also "
+        "where its allocated time went. Asks the scheduler once, and only about runs that have not ended."
     )
     common.add_run_argument(parser, optional=True)
     common.add_json_argument(parser)
@@ -33,13 +33,15 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.reports.find import runs_under
 
     folders = [common.find_run(args)] if args.run else sorted(runs_under(common.roots(args)), key=_submission_time)
-    statuses, failures = _statuses(folders)
+    statuses, failures = read_statuses(folders)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if args.json:
         common.print_json([asdict(status) for status in statuses])
     else:
         sys.stdout.write(_table(statuses) if statuses else "no runs here; `cfe-hpc submit JOB` makes one\n")
+        if args.run and statuses[0].buckets:
+            sys.stdout.write(_times(statuses[0].buckets))
     return 3 if failures else 0
 
 
@@ -48,7 +50,7 @@ def _submission_time(folder: RunFolder) -> str:
     return folder.run_id[-20:]
 
 
-def _statuses(folders: Sequence[RunFolder]) -> tuple[list[RunStatus], list[str]]:
+def read_statuses(folders: Sequence[RunFolder]) -> tuple[list[RunStatus], list[str]]:
     """(the runs' statuses, what the schedulers that gave no answer said)."""
     from cfe_hpc.launch.jobs import latest_job
     from cfe_hpc.reports.status import is_settled, read_status
@@ -114,3 +116,15 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         "-" if age_s is None else f"{format_duration(age_s)} ago",
         status.reason.splitlines()[0][:100] if status.reason else "",
     )
+
+
+def _times(buckets: Mapping[str, float]) -> str:
+    """Where the time went: a line for each bucket that holds any, with its share of the allocated time."""
+    held_s = sum(seconds for bucket, seconds in buckets.items() if bucket != "queue")
+    rows = [("TIME", "SECONDS", "OF ALLOCATED")]
+    for bucket, seconds in [*buckets.items(), ("allocated", held_s)]:
+        share = "" if bucket == "queue" or not held_s else f"{seconds / held_s:.1%}"
+        if seconds:
+            rows.append((bucket, f"{seconds:.1f}", share))
+    lines = (f"{name:<10}  {seconds:>10}  {share:>12}".rstrip() for name, seconds, share in rows)
+    return "\n" + "\n".join(lines) + "\n"

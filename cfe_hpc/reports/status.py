@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cfe_hpc.files import read_ndjson
 from cfe_hpc.recovery.attempts import Attempt, epoch_s, read_attempts
 from cfe_hpc.recovery.ledger import summarise
 from cfe_hpc.runfolder import RunFolder
@@ -47,6 +47,7 @@ class RunStatus:
         goodput: time of steps that count ÷ time allocated; None while no step is timed.
         heartbeat_age_s: seconds since the last heartbeat; None before the first.
         reason: why the run is where it is, where somebody knows.
+        buckets: seconds by recovery.buckets.Bucket; empty where heartbeats do not tell where time went.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class RunStatus:
     heartbeat_age_s: float | None
     reason: str
     run_dir: str
+    buckets: dict[str, float]
 
 
 def is_settled(folder: RunFolder) -> bool:
@@ -80,9 +82,11 @@ def read_status(folder: RunFolder, *, job_id: str | None, word: SchedulerWord | 
     state, reason = _settled(result, folder) or _unsettled(folder, newest, job_id, word)
     if result is not None:
         step, lost, goodput = result.get("final_step"), result.get("lost_steps", 0), result.get("goodput")
+        buckets = result.get("buckets") or {}
     else:
         books = summarise(folder)
         step, lost, goodput = (books.last_step if attempts else None), books.lost_steps, books.goodput
+        buckets = books.buckets
     return RunStatus(
         run_id=folder.run_id,
         state=state,
@@ -95,6 +99,7 @@ def read_status(folder: RunFolder, *, job_id: str | None, word: SchedulerWord | 
         heartbeat_age_s=_heartbeat_age_s(folder.heartbeat_path),
         reason=reason,
         run_dir=str(folder.path),
+        buckets=buckets,
     )
 
 
@@ -143,18 +148,7 @@ def _never_submitted(newest: Attempt | None) -> tuple[RunState, str]:
 
 def _heartbeat_age_s(path: Path) -> float | None:
     """Age of the last whole line; only the file's end is read."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = stream.read().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            beat = json.loads(line)
-        except ValueError:
-            continue
-        beat_s = epoch_s(beat.get("time")) if isinstance(beat, dict) else None
-        if beat_s is not None:
-            return round(max(0.0, time.time() - beat_s), 1)
-    return None
+    last_s = None
+    for beat in read_ndjson(path, last_bytes=_TAIL_BYTES):
+        last_s = epoch_s(beat.get("time")) or last_s
+    return None if last_s is None else round(max(0.0, time.time() - last_s), 1)
