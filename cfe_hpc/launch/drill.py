@@ -33,6 +33,7 @@ from cfe_hpc.runfolder import RunFolder
 __all__ = ["Report", "drill"]
 
 _POLL_S = 0.2
+_SQUEUE_POLL_S = 2.0
 _COMMAND_TIMEOUT_S = 60.0
 _TAIL_BYTES = 1 << 16
 _SETTLED_S = 1.5
@@ -90,14 +91,17 @@ def drill(folder: RunFolder, *, direct: bool, timeout_s: float, say: Say) -> Rep
         raise UsageError(
             f"{folder.run_id}: its ranks are only just starting; drill it when `cfe-hpc status` has a step"
         )
-    joined = _joined(folder, spec, attempt)
+    started = _started(folder, attempt)
+    # A `command` counts its steps in the run from when it joins.
+    joined = spec.job.entry is not None or started.get("total_steps") is not None
     if joined and not watch.wait(lambda: _beat(folder, attempt, after=-1)):
         raise UsageError(f"{folder.run_id}: attempt {attempt} has done no step within {timeout_s:g} s; try again later")
     lost_before = summarise(folder).lost_steps
     signame = spec.plan.signal if spec.plan.preemption.user_signal and spec.site.scheduler == "slurm" else "TERM"
     watch.begin()
     folder.note(f"drill-{attempt}", "a drill begins", user=getpass.getuser(), signal=signame, direct=direct)
-    seen = Evidence(attempt=attempt, told_s=time.time(), joined=joined, num_ranks=spec.plan.world_size)
+    num_ranks = started.get("world_size", spec.plan.world_size)  # an elastic attempt may have fewer than planned
+    seen = Evidence(attempt=attempt, told_s=time.time(), joined=joined, num_ranks=num_ranks)
     say(f"{signame} to job {known.job_id}" + (", to its tasks alone" if direct else ""))
     _tell(folder, spec, job, known, signame, direct=direct)
     _follow(folder, spec, job, watch, seen, say)
@@ -131,12 +135,12 @@ class _Watch:
     def events(self) -> list[dict[str, Any]]:
         return list(self._folder.events())[self._begun :]
 
-    def wait(self, ready: Callable[[], T | None]) -> T | None:
+    def wait(self, ready: Callable[[], T | None], *, every_s: float = _POLL_S) -> T | None:
         """Ask until there is an answer; None when the time is over, or the run is."""
         while (answer := ready()) is None:
             if time.monotonic() > self._deadline_s or self._folder.result() is not None:
                 return ready()
-            time.sleep(_POLL_S)
+            time.sleep(every_s)
         return answer
 
 
@@ -149,14 +153,13 @@ def _running(folder: RunFolder, spec: RunSpec) -> tuple[dict[str, Any], JobState
     return job, known
 
 
-def _joined(folder: RunFolder, spec: RunSpec, attempt: int) -> bool:
-    """Whether the program counts its steps in the run. A `command` says so when it joins."""
-    return spec.job.entry is not None or any(
-        event["event"] == "started"
-        and event.get("attempt") == attempt
-        and (event.get("detail") or {}).get("total_steps") is not None
-        for event in folder.events()
-    )
+def _started(folder: RunFolder, attempt: int) -> dict[str, Any]:
+    """What an attempt said of itself when it started; of several times, the last."""
+    facts: dict[str, Any] = {}
+    for event in folder.events():
+        if event["event"] == "started" and event.get("attempt") == attempt:
+            facts.update(event.get("detail") or {})
+    return facts
 
 
 def _beat(folder: RunFolder, attempt: int, *, after: int) -> dict[str, Any] | None:
@@ -215,7 +218,7 @@ def _follow(folder: RunFolder, spec: RunSpec, job: dict[str, Any], watch: _Watch
         # Beside the wait: the next attempt's rotation may take this checkpoint away before long.
         looked: Future[tuple[int, str | None]] | None = None
         if seen.step is not None and seen.event("checkpoint_saved") is not None:
-            looked = beside.submit(_look, folder, folder.checkpoints / step_name(seen.step))
+            looked = beside.submit(_look, folder, spec, watch, folder.checkpoints / step_name(seen.step))
         _hurry(spec, job, watch)
         if watch.wait(lambda: happened("started", later=True)) is not None:
             say("started again")
@@ -226,8 +229,10 @@ def _follow(folder: RunFolder, spec: RunSpec, job: dict[str, Any], watch: _Watch
         seen.checkpoint = None if looked is None else looked.result()
 
 
-def _look(folder: RunFolder, checkpoint: Path) -> tuple[int, str | None]:
+def _look(folder: RunFolder, spec: RunSpec, watch: _Watch, checkpoint: Path) -> tuple[int, str | None]:
     """(ranks that saved it, why it cannot be used or None)."""
+    if spec.job.checkpoint.local:  # it may be on the nodes alone, until the next attempt brings it home
+        watch.wait(lambda: checkpoint.exists() or None)
     reason = verify(checkpoint, folder.run_id)
     try:
         return read_manifest(checkpoint, folder.run_id).identity.world_size, reason
@@ -245,7 +250,7 @@ def _hurry(spec: RunSpec, job: dict[str, Any], watch: _Watch) -> None:
         known = backend.states([job]).get(job_id)
         return True if known is None or known.state == "PENDING" else None
 
-    watch.wait(pending)
+    watch.wait(pending, every_s=min(_SQUEUE_POLL_S, spec.site.slurm.poll_interval))
     time.sleep(_SETTLED_S)
     # Refused where it is another user's job, or already running: then it starts when it does.
     run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], timeout_s=_COMMAND_TIMEOUT_S, check=False)
