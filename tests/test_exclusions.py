@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -218,3 +220,28 @@ def test_only_a_later_attempt_supersedes(tmp_path: Path) -> None:
         begin(folder, attempt)
     assert [superseded(folder, attempt) for attempt in (0, 2, 9, 10, 11)] == [10, 10, 10, None, None]
     assert superseded(RunFolder(tmp_path / "nowhere"), 0) is None
+
+
+def test_the_program_of_an_attempt_that_another_has_followed_is_killed(tmp_path: Path) -> None:
+    spec = make_spec(
+        tmp_path, job={"command": [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]}
+    )
+    folder = make_folder(tmp_path, spec)
+    place = {"CFE_RANK": "0", "CFE_LOCAL_RANK": "0", "CFE_WORLD_SIZE": "1", "CFE_LOCAL_WORLD_SIZE": "1"}
+    wrapper = subprocess.Popen(
+        [sys.executable, "-m", "cfe_hpc.ranks", str(folder.path)],
+        env={**os.environ, **place},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert wrapper.stdout is not None and wrapper.stdout.readline() == "up\n"
+        begin(folder, 1)
+        # The program has the same pipes: they end with the last of the two.
+        _, said = wrapper.communicate(timeout=60)
+    finally:
+        wrapper.kill()
+    assert wrapper.returncode == 1
+    assert "attempt 1 has begun: attempt 0 ends here" in said
+    assert events(folder, "failed", "completed") == [] and folder.result() is None

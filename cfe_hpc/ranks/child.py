@@ -90,3 +90,9 @@ class Child:
             return None
         finally:
             self._polling = False
+
+    def kill(self) -> None:
+        """Kill it, and the ranks that are known by now. Any thread may call."""
+        assert self._process is not None
+        self._process.kill()
+        self.roster.kill()

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from threading import Thread
 from typing import Any
 
 from cfe_hpc import log
@@ -30,6 +31,7 @@ from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.rendezvous import meet
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.stopping import Inquiry, conclude
+from cfe_hpc.recovery import fencing
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _SLOWEST_POLL_S = 5.0
+_FENCE_S = 5.0
 _SIGNAL_SKEW_S = 2.0
 """A stop reaches the nodes one after the other: a program that fails may have missed a peer that was told first."""
 
@@ -72,6 +75,7 @@ def see_through(
     """
     if facts.rank == 0:
         folder.reopen()
+        fencing.begin(folder, facts.attempt)
         ranks = facts.world_size * (1 if spec.plan.launcher == "srun" else spec.plan.devices_per_node)
         detail = {"job_id": facts.job_id, "world_size": ranks, "hosts": list(facts.hosts), "argv": spec.job.command}
         folder.note_event("started", attempt=facts.attempt, host=facts.hosts[0], detail=detail)
@@ -81,11 +85,23 @@ def see_through(
         folder.note_event("failed", attempt=facts.attempt, rank=facts.rank, reason=f"{argv[0]}: {error.strerror}")
         logger.error("%s: cannot be started: %s", argv[0], error.strerror)
         return 127
+    if facts.local_rank == 0:
+        Thread(target=_leave_to_successor, args=(folder, facts.attempt, child), name="cfe-fence", daemon=True).start()
     if facts.rank == 0:
         return _Leader(folder, spec, facts, child).attend()
     while (status := child.poll()) is None:
         time.sleep(_POLL_S)
     return _leave(folder, spec, facts, child, status)
+
+
+def _leave_to_successor(folder: RunFolder, attempt: int, child: Child) -> None:
+    """End this task and its program once a later attempt has begun: Slurm has given this one up, and its node did not
+    hear. What else the step runs here is then slurmstepd's to end."""
+    while (newest := fencing.superseded(folder, attempt)) is None:
+        time.sleep(_FENCE_S)
+    logger.error("attempt %d has begun: attempt %d ends here", newest, attempt)
+    child.kill()
+    os._exit(1)
 
 
 def exit_code(status: int) -> int:

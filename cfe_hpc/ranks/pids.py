@@ -90,8 +90,8 @@ class Roster:
         return 0 < self.living() < len(self._members)
 
     def kill(self) -> None:
-        """SIGKILL to those that still run."""
-        for member in self._members.values():
+        """SIGKILL to those that still run. Any thread may call."""
+        for member in list(self._members.values()):
             _send(member.pidfd, signal.SIGKILL)
 
     def _refresh(self) -> None:
