@@ -77,16 +77,15 @@ class RollBacks:
         if len(found) != 1:
             return  # whose samples are meant is not known
         self._windows = found[0]
-        for start, stop in self.adjusted.skipped:
-            self._windows.skip_window(start, stop)
+        self._skip_again()
         if self._keeper.saved_step is None:
             self._fresh = copy.deepcopy(self._windows.state_dict())
 
     def go_back(self, finite: Finite, *, bad_step: int, done: int) -> int:
         """Restore everything tracked from before the bad step, and skip the data it came of.
 
-        A checkpoint whose first step is bad for the second time is taken for bad itself, and an older one used. The
-        same bad step again means that it began before it was seen: then the data of the step before go as well.
+        The same bad step again means that it began before it was seen: a checkpoint right before it is taken for bad
+        itself, an older one used if there is one, and the data of the step before skipped as well.
 
         Args:
             finite: this rank's; what it found may be nothing, where another rank has found it.
@@ -103,15 +102,16 @@ class RollBacks:
         """
         began_s = time.monotonic()
         what = next(filter(None, (each.decode() for each in self._group.all_gather(finite.what.encode()))))
-        again, suspect, spent = self._look_back(bad_step)
+        again, spent = self._look_back(bad_step)
         if spent:
             raise Spent(f"{what} at step {bad_step}: {spent}")
-        step = self._keeper.go_back(bad_step - 1) if suspect else None
-        if step is None:
+        step = self._keeper.go_back(bad_step - again)
+        if step is None and again:
             step = self._keeper.go_back(bad_step)
         starts_over = step is None
         if step is None:
             step = self._to_start()
+        self._skip_again()
         samples = self._skip(bad_step - 1 - step, again)
         scale = self.adjusted.lr_scale * (self._recovery.nan_lr_factor or 1.0)
         skipped = () if samples is None else (samples,)
@@ -133,19 +133,17 @@ class RollBacks:
         finite.forget()
         return step
 
-    def _look_back(self, bad_step: int) -> tuple[int, bool, str]:
-        """How often this step was bad before, whether the checkpoint right before it is suspected, and why no
-        roll-back is left; empty when one is."""
+    def _look_back(self, bad_step: int) -> tuple[int, str]:
+        """How often this step was bad before, and why no roll-back is left; empty when one is."""
         said = b""
         if self._group.rank == 0:
             events = list(self._folder.events())
-            past = [event for event in events if event["event"] == "rolled_back"]
-            again = sum(event["detail"]["bad_step"] == bad_step for event in past)
-            suspect = bool(past) and past[-1]["step"] == bad_step - 1
+            past = [event["detail"]["bad_step"] for event in events if event["event"] == "rolled_back"]
             decision = decide(self._recovery, events, cause="nan")
-            said = json.dumps([again, suspect, "" if decision.action == "requeue" else decision.why]).encode()
-        again, suspect, spent = json.loads(self._group.broadcast(said))
-        return again, suspect, spent
+            spent = "" if decision.action == "requeue" else decision.why
+            said = json.dumps([past.count(bad_step), spent]).encode()
+        again, spent = json.loads(self._group.broadcast(said))
+        return again, spent
 
     def _to_start(self) -> int:
         """Where this attempt began; of what is tracked, data alone go back there, if it was without a checkpoint."""
@@ -154,6 +152,12 @@ class RollBacks:
         else:
             self._windows = None
         return self._began
+
+    def _skip_again(self) -> None:
+        """What was restored may be older than what was skipped since."""
+        if self._windows is not None:
+            for start, stop in self.adjusted.skipped:
+                self._windows.skip_window(start, stop)
 
     def _skip(self, batches: int, again: int) -> tuple[int, int] | None:
         """Skip the data that come after so many batches, and those of `again` batches before."""

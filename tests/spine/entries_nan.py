@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-import time
+from pathlib import Path
 from typing import Any
 
 
@@ -55,20 +56,57 @@ class Sum:
 
 
 def summing(run: Any) -> None:
-    """Sum the numbers of all windows; those of `params.poisoned` are NaN, which the loss shows.
+    """Sum the numbers of all windows; those of `params.poisoned` are NaN, which the loss of the last rank shows.
 
-    With `params.late` the loss of a step is that from before its update: what it spoils is seen one step later.
+    With `params.late` the loss of a step is that from before its update: what it spoils is seen one step later. With
+    `params.crash` the first attempt ends in the step after its first roll-back.
     """
     windows, done = Windows(batch=2), Sum()
     run.track(data=windows, done=done)
-    poisoned, late = set(run.params["poisoned"]), run.params.get("late", False)
-    for _ in run.steps(run.params["steps"]):
+    poisoned, before_update = set(run.params["poisoned"]), run.params.get("late", False)
+    last = -1
+    for step in run.steps(run.params["steps"]):
+        if step <= last and run.params.get("crash") and run.attempt == 0:
+            raise ArithmeticError(f"step {step} comes again")
+        last = step
         before = done.total
         batch = windows.next_batch()
         done.total += sum(math.nan if number in poisoned else number for number in batch)
         done.count += len(batch)
-        shown = before if late else done.total
-        # Any rank may be the only one to see it.
-        mine = shown if run.rank == run.world_size - 1 else 0.0
-        run.log(loss=mine, total=done.total, count=done.count, rate=run.lr_scale)
-        time.sleep(run.params.get("pause_s", 0.0))
+        shown = before if before_update else done.total
+        run.log(loss=shown if run.rank == run.world_size - 1 else 0.0, total=done.total, rate=run.lr_scale)
+
+
+def training(run: Any) -> None:
+    """The training that ships, with windows.json beside the job: {"poisoned": sample} or {"skipped": [start, stop]}.
+
+    The step that has the poisoned sample leaves every weight NaN, and the last rank's loss.
+    """
+    from cfe_hpc.train import main
+
+    said = json.loads(Path("windows.json").read_text(encoding="utf-8"))
+    make_data, train_step = main._data, main.train_step
+    spoils: list[bool] = []
+
+    def data(*args: Any) -> Any:
+        loader, held_out = make_data(*args)
+        next_batch = loader.next_batch
+
+        def watched() -> Any:
+            start, stop = loader.window_ahead(0)
+            spoils.append(start <= said.get("poisoned", -1) < stop)
+            return next_batch()
+
+        loader.next_batch = watched
+        if "skipped" in said:
+            loader.skip_window(*said["skipped"])
+        return loader, held_out
+
+    def step(engine: Any, windows: Any, rate: float, **words: Any) -> Any:
+        if not spoils.pop():
+            return train_step(engine, windows, rate, **words)
+        loss, norm = train_step(engine, windows, math.nan, **words)
+        return loss * math.nan if run.rank == run.world_size - 1 else loss, norm
+
+    main._data, main.train_step = data, step
+    main.run(run)
