@@ -83,13 +83,18 @@ class _Executor(SlurmExecutor):
         write_atomic(self._run_folder.submission_script, self.script())
         options = [*self._options, *exclude_option(self._run_folder, self._spec.plan)]
         job_id = send(self._run_folder, environment=clean_environment(os.environ), options=options)
-        return [SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))]
+        return [SlurmJob(folder=self.folder, job_id=job_id, tasks=[0])]
 
 
 def _tasks(plan: Plan) -> tuple[int, int]:
     """(tasks on a node, cores of each): the ranks, or a launcher that starts them."""
     tasks = plan.tasks_per_node or plan.devices_per_node
     return tasks, plan.cpus_per_device * plan.devices_per_node // tasks
+
+
+def _elastic(plan: Plan) -> bool:
+    """Whether an attempt may start on fewer nodes than the job would like."""
+    return plan.nodes_min not in (None, plan.nodes)
 
 
 def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
@@ -110,8 +115,9 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
         **{key: None if value is None else _directive(spec, key, value) for key, value in stated.items()},
         "time": None,  # in minutes, and 5 unless set
         "nodes": plan.nodes,
-        "ntasks_per_node": tasks,
-        "cpus_per_task": cpus,
+        # Told of tasks, Slurm (22.05) takes no more nodes of a range than the fewest: it is asked for cores alone.
+        "ntasks_per_node": None if _elastic(plan) else tasks,
+        "cpus_per_task": cpus * tasks if _elastic(plan) else cpus,
         "wckey": None,
         "use_srun": False,  # submitit would put unescaped paths into srun's patterns; our command has its own srun
         "additional_parameters": _additional(spec, folder),
@@ -153,7 +159,7 @@ def _additional(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
         "error": _log(folder, "batch", "err") or "/dev/null",
         "signal": f"{plan.signal}@{plan.signal_lead_s}",
         **({} if plan.time_s is None else {"time": slurm_time(plan.time_s)}),
-        **({} if plan.nodes_min in (None, plan.nodes) else {"nodes": f"{plan.nodes_min}-{plan.nodes}"}),
+        **({"nodes": f"{plan.nodes_min}-{plan.nodes}"} if _elastic(plan) else {}),
     }
     for option in plan.options:
         match = _OPTION.fullmatch(option)

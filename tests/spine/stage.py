@@ -95,8 +95,19 @@ def ended(run: LiveRun, state: str, timeout_s: float = 120.0) -> dict[str, Any]:
 
 
 def rank_pids(run: LiveRun) -> dict[int, int]:
-    """Process id of each rank on this machine: the process that slurmstepd started, in which all exec'd."""
-    pids = {}
+    """Process id of each rank on this machine: the one that slurmstepd started, or a launcher, in which all exec'd."""
+    return _pids(run)[1] or _pids(run)[0]
+
+
+def agent_pids(run: LiveRun) -> dict[int, int]:
+    """Process id of each node's agent, by the node's number: the process that slurmstepd started, and signals."""
+    return _pids(run)[0]
+
+
+def _pids(run: LiveRun) -> tuple[dict[int, int], dict[int, int]]:
+    """(tasks of the step, ranks that a launcher has started): process ids by task and by rank."""
+    tasks: dict[int, int] = {}
+    workers: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -104,5 +115,7 @@ def rank_pids(run: LiveRun) -> dict[int, int]:
         except (OSError, ValueError):
             continue
         if b"cfe_hpc.ranks" in words and os.fsencode(run.folder.path) in words:
-            pids[int(environment[b"SLURM_PROCID"])] = int(folder.name)
-    return pids
+            by_launcher = b"CFE_WORKER" in environment
+            number = int(environment[b"CFE_RANK" if by_launcher else b"SLURM_PROCID"])
+            (workers if by_launcher else tasks)[number] = int(folder.name)
+    return tasks, workers
