@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from slurm.cluster import Cluster
 from spine.harness import cfe
+from spine.stage import Stage, assert_counted, reasons
 
 from cfe_hpc.cli.main import main
 from cfe_hpc.config.load import load_site
@@ -310,3 +312,39 @@ def test_a_real_cluster_agrees_with_what_was_detected_and_with_the_shipped_profi
         document = json.loads(done.stdout)
         assert (done.returncode, document["differences"], document["unstated"]) == (0, [], {}), done.stdout
         assert document["qos_refusal"] is None
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CFE_TEST_FULL"), reason="a cluster of its own: CFE_TEST_FULL=1")
+def test_a_run_survives_where_qos_decide_and_jobs_are_not_requeued_unless_they_ask(tmp_path: Path) -> None:
+    conf = ("PreemptType=preempt/qos", "JobRequeue=0", "AccountingStorageEnforce=associations,qos")
+    cluster = Cluster.start("--nodes", "2", "--gaudi-nodes", "0", *(word for line in conf for word in ("--conf", line)))
+    try:
+        sacctmgr = ("sacctmgr", "-i")
+        cluster.run(*sacctmgr, "add", "qos", "scavenger", "set", "preemptmode=requeue", "gracetime=20")
+        cluster.run(*sacctmgr, "add", "qos", "high", "set", "preempt=scavenger,normal")
+        cluster.run(*sacctmgr, "modify", "user", "root", "set", "qos+=scavenger,high")
+        done = cfe("sites", "detect", "--output", "found.toml", cwd=tmp_path, env=cluster.env)
+        assert done.returncode == 0, done.stderr
+        found = tmp_path / "found.toml"
+        found.write_text(found.read_text().replace('"cuda"', '"cpu"').replace('"2m"', '"20s"'))
+        assert cfe("sites", "check", "found.toml", cwd=tmp_path, env=cluster.env).returncode == 0
+        site, _ = load_site(str(found), {})
+        assert site.qos["scavenger"].preemption == Preemption(mode="requeue", grace=20.0)
+        assert site.slurm.job_requeue is False
+        stage = Stage(cluster, tmp_path)
+        resources = {"devices_per_node": 1, "cpus_per_device": 8, "partition": "gpu", "qos": "scavenger"}
+        run = stage.submit("gpu", site=str(found), resources=resources)
+        run.wait_step(4, attempt=0)
+        node = cluster.job(run.job_id)["NodeList"]
+        wanted = ("-p", "gpu", "--qos=high", "-w", node, "--exclusive", "--mem=0", "-o", "/dev/null")
+        preemptor = cluster.sbatch(*wanted, "--wrap", "sleep 600")
+        cluster.wait_for_restart(run.job_id, 1)
+        cluster.scancel(preemptor)
+        cluster.wait_for_end(preemptor)
+        cluster.resume(run.job_id)
+        assert_counted(run, attempts=2)
+        assert reasons(run) == ["preempted"]
+    finally:
+        cluster.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minislurm.errors import MinislurmError
@@ -33,6 +33,7 @@ class Settings:
     user_signal: bool
     memory_limits: bool = False
     cgroups: bool = False
+    conf: dict[str, str] = field(default_factory=dict)
     first_port: int = 0
     password: str = ""
 
@@ -193,7 +194,8 @@ AccountingStoragePass={folder.munge_socket}
 AccountingStorageTRES=gres/gpu
 GresTypes=gpu
 """.strip().splitlines()
-    lines = [line for line in lines if line]
+    lines = [line for line in lines if line and line.partition("=")[0] not in settings.conf]
+    lines += [f"{key}={value}" for key, value in settings.conf.items()]
     nodes = [(name, f"gpu:h200:{GPUS_PER_NODE}") for name in settings.gpu_names]
     nodes += [(name, f"gpu:gaudi3:{GAUDIS_PER_NODE}") for name in settings.gaudi_names]
     for name, gres in nodes:
