@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spine.harness import SMALL, LiveRun, cfe, write_job
+from spine.harness import SMALL, LiveRun, cfe, site_file, write_job
 
 from cfe_hpc.data.build import build
 from cfe_hpc.data.sources import stdlib_sources
@@ -25,9 +25,9 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
     """Submit the summing job on the local site, with changes; it is cancelled when the test is over."""
     runs: list[LiveRun] = []
 
-    def summing(folder: Path = tmp_path, *, ranks: int = 1, **tables: Any) -> LiveRun:
+    def summing(folder: Path = tmp_path, *, ranks: int = 1, site: str = "local", **tables: Any) -> LiveRun:
         job = {"name": "sum", "entry": "entries_nan:summing", "resources": {"devices_per_node": ranks}, **tables}
-        run = LiveRun.submit(write_job(folder, **job), "local", cwd=folder, env=os.environ)
+        run = LiveRun.submit(write_job(folder, **job), site, cwd=folder, env=os.environ)
         runs.append(run)
         return run
 
@@ -60,9 +60,13 @@ def test_a_window_that_gives_a_nan_is_left_out(submit: Submit) -> None:
     assert run.events("checkpoint_failed") == []
 
 
-def test_a_checkpoint_that_was_spoilt_before_it_showed_is_taken_out(submit: Submit) -> None:
-    params = {"steps": STEPS, "poisoned": [14], "late": True}
-    run = submit(params=params, checkpoint={"every_steps": 4})
+@pytest.mark.parametrize("checkpoint", [{}, {"async": True, "local": True}], ids=["shared", "nodes"])
+def test_a_checkpoint_that_was_spoilt_before_it_showed_is_taken_out(
+    submit: Submit, tmp_path: Path, checkpoint: dict[str, Any]
+) -> None:
+    params = {"steps": STEPS, "poisoned": [14], "late": True, "pause_s": 0.15 if checkpoint else 0.0}
+    site = site_file(tmp_path, "local", storage={"node_local": str(tmp_path / "node")})
+    run = submit(site=site, params=params, checkpoint={"every_steps": 4, **checkpoint})
     result = completed(run)
     assert result["metrics"]["total"] == total_without(7, 8, 9), run.diagnosis()
     assert [event["step"] for event in run.events("rolled_back")] == [8, 4]
@@ -80,7 +84,7 @@ def test_when_no_roll_back_is_left_the_run_is_held(submit: Submit) -> None:
     assert "loss is nan at step 10: " in result["reason"] and "the job allows 1 (recovery.nans)" in result["reason"]
     assert len(run.events("rolled_back")) == 1
     (held,) = run.events("held")
-    assert held["reason"] == result["reason"]
+    assert (held["reason"], held["cause"]) == (result["reason"], "nan")
 
 
 def test_before_the_first_checkpoint_the_run_starts_over(submit: Submit) -> None:

@@ -143,6 +143,25 @@ def test_a_stop_anywhere_costs_nothing(workdir: Path, undisturbed: StandIn) -> N
         assert evaluated in (everything, everything[:-1]), stop_at
 
 
+def test_smaller_passes_give_the_same_losses(workdir: Path, undisturbed: StandIn) -> None:
+    run = StandIn(workdir, PARAMS)
+    run.micro_batch = lambda wanted: wanted // 2  # type: ignore[method-assign]
+    main.run(run)
+    for step, values in undisturbed.logged.items():
+        for name in ("loss", "val_loss", "grad_norm"):
+            assert float(run.logged[step].get(name, 0)) == pytest.approx(float(values.get(name, 0)), rel=1e-5)
+    assert run.metrics == pytest.approx(undisturbed.metrics, rel=1e-5)
+
+
+def test_a_lowered_rate_is_the_rate_of_the_next_step(workdir: Path, undisturbed: StandIn) -> None:
+    run = StandIn(workdir, PARAMS)
+    run.lr_scale = 0.5
+    main.run(run)
+    assert [values["lr"] for values in run.logged.values()] == [
+        values["lr"] / 2 for values in undisturbed.logged.values()
+    ]
+
+
 def test_tokens_beyond_the_vocabulary_are_refused(workdir: Path) -> None:
     with pytest.raises(ConfigError, match=r"jobs/x\.toml: params\.vocab_size: .*set vocab_size = 256"):
         main.run(StandIn(workdir, {**PARAMS, "vocab_size": 255}))

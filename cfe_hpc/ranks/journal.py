@@ -18,6 +18,7 @@ from cfe_hpc.ranks.phases import PhaseClock, process_age_s
 from cfe_hpc.ranks.stopping import hold
 from cfe_hpc.ranks.timer import StopTimer, allocated_s
 from cfe_hpc.recovery import fencing, lead, ledger
+from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
@@ -239,10 +240,10 @@ class Journal:
         if self._speaks:
             self._exporter.publish(values, step=step)
 
-    def held(self, reason: str) -> None:
+    def held(self, reason: str, cause: Cause) -> None:
         """Hold the run (rank 0 only): nothing follows until `requeue RUN`."""
         if self._speaks:
-            hold(self._folder, attempt=self._facts.attempt, step=None, why=reason)
+            hold(self._folder, attempt=self._facts.attempt, step=None, why=reason, cause=cause)
 
     def close(self, timeout_s: float) -> None:
         """Stop exporting; the run's group on the Pushgateway is deleted. At most `timeout_s` seconds."""

@@ -28,6 +28,7 @@ from cfe_hpc.ranks.rollback import RollBacks, Spent
 from cfe_hpc.ranks.scheduler import choose
 from cfe_hpc.ranks.stopping import Inquiry, Verdict, conclude
 from cfe_hpc.ranks.watchdog import Watchdog
+from cfe_hpc.recovery.causes import of_exception
 from cfe_hpc.recovery.result import add_metrics, write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -311,7 +312,7 @@ class Run:
         try:
             yield
         except (CorruptCheckpoint, Spent) as error:
-            self._journal.held(str(error))
+            self._journal.held(str(error), of_exception(error))
             self._write_result("HELD", reason=str(error))
             raise
 
@@ -364,6 +365,7 @@ class Run:
 
     def _end(self, verdict: Verdict, names: list[str]) -> None:
         self.ended = True
+        signals.block()
         if self.rank == 0:
             logger.info("stopping at step %d: %s (%s)", self._done, verdict.action, verdict.why)
         if verdict.action == "cancelled":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def summing(run: Any) -> None:
         done.total += sum(math.nan if number in poisoned else number for number in batch)
         done.count += len(batch)
         shown = before if before_update else done.total
+        time.sleep(run.params.get("pause_s", 0.0))
         run.log(loss=shown if run.rank == run.world_size - 1 else 0.0, total=done.total, rate=run.lr_scale)
 
 
