@@ -169,6 +169,69 @@ def test_the_line_is_that_of_the_error_and_not_the_last_one(scene: Scene) -> Non
     assert (scene.find().log, scene.find().line) == (None, None)
 
 
+TORCHRUN = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+=======================================================
+train.py FAILED
+-------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-22_12:25:26
+  host      : n7
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 29665)  (SIGTERM)
+  error_file: <N/A>
+-------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_12:25:26
+  host      : {host}
+  rank      : {rank} (local_rank: {rank})
+  exitcode  : {code} (pid: 29666)  ({name})
+  error_file: <N/A>
+=======================================================
+"""
+
+
+def torchrun(scene: Scene, node: int, *, rank: int, code: int, name: str = "") -> None:
+    text = TORCHRUN.format(host=f"n{node}", rank=rank, code=code, name=name)
+    (scene.folder.logs / f"41.0.node{node}.err").write_text(text)
+
+
+def test_torchrun_tells_which_of_its_ranks_was_killed(scene: Scene) -> None:
+    torchrun(scene, 0, rank=1, code=-15, name="SIGTERM")
+    torchrun(scene, 1, rank=2, code=-9, name="SIGKILL")
+    scene.failed(0, GLOO)
+    scene.folder.append_event("failed", attempt=0, host="n1", reason="torchrun: exit status 1")
+    scene.batch("srun: error: n1: task 1: Exited with exit code 1")
+    fault = scene.find()
+    assert (fault.cause, fault.why, fault.rank, fault.host) == ("failed", "rank 2: killed by SIGKILL", 2, "n1")
+
+
+def test_the_rank_that_torchrun_names_has_a_log_that_says_more(scene: Scene) -> None:
+    torchrun(scene, 0, rank=1, code=1)
+    scene.log(1, "RuntimeError: CUDA error: out of memory", "bye")
+    scene.folder.append_event("failed", attempt=0, host="n0", reason="torchrun: exit status 1")
+    assert (scene.find().cause, scene.find().rank) == ("oom_device", 1)
+    scene.failed(1, "ValueError: the rank's own words", cause="failed")
+    assert scene.find().why == "ValueError: the rank's own words"
+
+
+def test_words_of_torchrun_that_nobody_knows_do_no_harm(scene: Scene) -> None:
+    (scene.folder.logs / "41.0.node0.err").write_text("Root Cause (first observed failure):\n  rank : many\n")
+    scene.folder.append_event("failed", attempt=0, host="n0", reason="torchrun: exit status 1")
+    assert (scene.find(status=1).cause, scene.find(status=1).why) == ("failed", "the ranks ended with status 1")
+
+
+def test_where_nobody_names_a_rank_their_logs_are_read(scene: Scene) -> None:
+    scene.log(0, GLOO)
+    scene.log(1, "DataError: tokens.h5: damaged")
+    scene.folder.append_event("failed", attempt=0, host="n0", reason="deepspeed: exit status 1")
+    fault = scene.find(status=1)
+    assert (fault.cause, fault.rank, fault.log) == ("data", 1, "logs/41.0.1.err")
+    word = first_word(scene.folder.events(), attempt=0)
+    assert word is not None and word["reason"] == "deepspeed: exit status 1"
+
+
 def test_after_a_restart_only_what_came_after_it_counts(scene: Scene) -> None:
     scene.failed(0, "DataError: tokens.h5: damaged")
     scene.folder.append_event("started", attempt=0, detail={"restart": 1})

@@ -68,11 +68,11 @@ def test_the_first_error_names_rank_and_host_and_shows_the_end_of_its_log(
 ) -> None:
     assert logs(capsys, folder, "--first-error") == f"{RUN_ID}: no attempt has reported an error\n"
     folder.append_event("failed", attempt=0, rank=0, host="n9", reason="OldError: long past")
+    folder.append_event("failed", attempt=1, rank=0, host="n1", reason="RuntimeError: Connection closed by peer")
     folder.append_event("failed", attempt=1, rank=1, host="n2", reason="ValueError: the cause")
-    folder.append_event("failed", attempt=1, rank=0, host="n1", reason="RuntimeError: connection closed by peer")
     (folder.logs / "41_2.1.1.err").write_text("".join(f"line {number}\n" for number in range(100)))
     first, *lines = logs(capsys, folder, "--first-error").splitlines()
-    assert first.startswith("attempt 1, rank 1 on n2, 20") and first.endswith(": ValueError: the cause")
+    assert first.startswith("attempt 1, rank 1 on n2, 20") and first.endswith("Z: failure: ValueError: the cause")
     assert lines == [f"[1.1!] line {number}" for number in range(60, 100)]
     assert logs(capsys, folder, "--first-error", "--attempt", "0").startswith("attempt 0, rank 0 on n9")
 

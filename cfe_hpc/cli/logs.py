@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="this rank's only")
     parser.add_argument("--attempt", type=int, metavar="N", help="this attempt's only, from 0")
     parser.add_argument(
-        "--first-error", action="store_true", help="which rank on which host failed first, and the end of its log"
+        "--first-error",
+        action="store_true",
+        help="why the newest attempt failed: the rank, its host, the cause, and the end of its log",
     )
 
 
@@ -78,6 +80,8 @@ def _nothing(folder: RunFolder, args: argparse.Namespace) -> str:
 
 
 def _first_error(folder: RunFolder, args: argparse.Namespace) -> int:
+    from cfe_hpc.recovery.attempts import cause_of
+    from cfe_hpc.recovery.causes import row
     from cfe_hpc.recovery.logfiles import last_lines, rank_logs
     from cfe_hpc.reports.rank_logs import first_failure
 
@@ -88,7 +92,8 @@ def _first_error(folder: RunFolder, args: argparse.Namespace) -> int:
     attempt, rank = failure["attempt"], failure.get("rank")
     who = f"attempt {attempt}, " + ("no rank in particular" if rank is None else f"rank {rank}")
     host = f" on {failure['host']}" if "host" in failure else ""
-    print(f"{who}{host}, {failure.get('time', 'at an unknown time')}: {failure.get('reason', 'no reason given')}")
+    cause, when = row(cause_of(failure)).word, failure.get("time", "at an unknown time")
+    print(f"{who}{host}, {when}: {cause}: {failure.get('reason', 'no reason given')}")
     for log in rank_logs(folder, rank=rank, attempt=attempt):
         if log.stream == "err":
             for line in last_lines(log.path, _ERROR_LINES):

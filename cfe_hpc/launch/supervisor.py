@@ -53,6 +53,7 @@ class Attempt:
         self.failure: tuple[int, int] | None = None
         """(rank, status) of the one that failed first: those ended because of it do not count."""
         self.oom_kills = 0
+        self.by_launcher = plan.launcher != "srun"
         self.ranks = LocalRanks(
             folder,
             plan,
@@ -130,7 +131,6 @@ def supervise(folder: RunFolder, spec: RunSpec, *, first_attempt: int, rank_comm
     can know: how ranks ended that could not say so themselves."""
     number = first_attempt
     while True:
-        os.environ["CFE_ALLOCATED_S"] = f"{time.time():.3f}"
         killed_before = oom_kills() or 0
         attempt = Attempt(folder, spec, number, rank_command)
         attempt.run()
@@ -171,14 +171,14 @@ def _note_failure(folder: RunFolder, attempt: Attempt) -> None:
     others report that it is gone."""
     said = [event for event in folder.events() if event["event"] == "failed" and event.get("attempt") == attempt.number]
     rank, status = attempt.failure or (None, 0)
-    killed = status < 0 and attempt.stop_reason != "time_limit"
+    killed = status < 0 and attempt.stop_reason != "time_limit" and not attempt.by_launcher
     if said and not (killed and all(event.get("rank") != rank for event in said)):
         return
     if attempt.stop_reason == "time_limit":
         folder.note_event("failed", attempt=attempt.number, reason="the time limit came before the ranks had saved")
     elif attempt.failure is None:
         folder.note_event("failed", attempt=attempt.number, reason="the ranks ended without a result")
-    else:
+    elif not attempt.by_launcher:  # it is an agent's end then, and not a rank's
         how = f"was killed by {signal.Signals(-status).name}" if killed else f"exited with status {status}"
         detail = KILLED if killed else None
         folder.note_event("failed", attempt=attempt.number, rank=rank, reason=f"rank {rank} {how}", detail=detail)

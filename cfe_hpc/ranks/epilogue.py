@@ -23,8 +23,9 @@ from cfe_hpc.recovery.attempts import cause_of
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.recovery.effects import carry_out
-from cfe_hpc.recovery.evidence import Fault, batch_err_bytes, find, oom_kills
+from cfe_hpc.recovery.evidence import Fault, find, oom_kills
 from cfe_hpc.recovery.result import close_books, write_result
+from cfe_hpc.recovery.witnesses import batch_err_bytes
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["close_failed_attempt", "main", "note_end"]

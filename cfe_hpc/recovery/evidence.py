@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,26 @@ from cfe_hpc.process import CommandError, run
 from cfe_hpc.recovery.attempts import KILLED, cause_of, epoch_s
 from cfe_hpc.recovery.causes import Cause, of_text, row
 from cfe_hpc.recovery.logfiles import last_lines, rank_logs
+from cfe_hpc.recovery.witnesses import RankEnd, batch_lines, first_end, lost_node
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Fault", "batch_err_bytes", "find", "first_word", "oom_kills", "slurm_end"]
+__all__ = ["Fault", "find", "first_word", "oom_kills", "slurm_end"]
 
 _SACCT_TIMEOUT_S = 10.0
 _LINES = 200
 _LAST_LINES = 50
 _MAX_LINE = 300
+_RANKS = 64
+"""Ranks whose logs are read where nobody says which one it was."""
 
-# How srun tells of a task that ended badly: its node, its ranks, and how.
-_TASK = re.compile(
-    r"^srun: error: (?P<host>[^\s:]+): tasks? (?P<first>\d+)[\d,-]*: (?P<how>Exited with exit code \d+|[A-Z].*)$"
-)
-_NODE = re.compile(r"^srun: error: Node failure on (?P<host>[^\s,\[]+)")
 # Words of who saw a rank end, not of the rank itself: its log may say more. One that was killed by SIGKILL had no time.
-_SEEN_FROM_OUTSIDE = re.compile(r"^exit status \d+$|SIGABRT|aborted|exited with (status|exit code) \d+", re.IGNORECASE)
+_SEEN_FROM_OUTSIDE = re.compile(
+    r"^exit status \d+$|SIGABRT|aborted|(ended|exited) with (status|exit code) \d+", re.IGNORECASE
+)
+
+
+# What the agent of a launcher says of all its ranks at once.
+_LAUNCHER = re.compile(r"^(torchrun|deepspeed): exit status \d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +93,11 @@ def find(
         slurm_state: the job's or the step's state, as sacct tells it.
     """
     failures = [_refined(folder, each) for each in _failures(folder.events(), attempt, restart)]
-    batch = _batch_lines(folder, attempt)
+    batch = batch_lines(folder, attempt)
     first = next((each for each in failures if not row(each.cause).symptom), None)
     if first is not None and first.cause != "failed":
         return _told(folder, attempt, first)
-    silent = _silent(folder, attempt, batch, failures)
+    silent = _silent(folder, attempt, first_end(folder, attempt, batch), failures)
     fault = _out_of_memory(batch, first, silent, oom_kills=oom_kills, slurm_state=slurm_state) or _dead_node(batch)
     if fault is not None:
         return fault
@@ -108,9 +112,12 @@ def find(
 
 def first_word(events: Iterable[dict[str, Any]], *, attempt: int) -> dict[str, Any] | None:
     """The `failed` event of an attempt that tells why it failed; None when it has none."""
+    events = list(events)
     failures = _failures(events, attempt, 0)
     first = next((each for each in failures if not row(each.cause).symptom), next(iter(failures), None))
-    return None if first is None else first.event
+    if first is not None:
+        return first.event
+    return next((each for each in events if (each.get("event"), each.get("attempt")) == ("failed", attempt)), None)
 
 
 def oom_kills(*, job_id: str | None = None) -> int | None:
@@ -165,14 +172,6 @@ def slurm_end(job_id: str) -> tuple[str, float | None] | None:
     return ended[-1] if ended else None
 
 
-def batch_err_bytes(folder: RunFolder, job_id: str) -> int:
-    """How much the log of a job's batch script holds so far: what comes then is of the next attempt."""
-    try:
-        return (folder.logs / f"{job_id}.batch.err").stat().st_size
-    except OSError:
-        return 0
-
-
 def _failures(events: Iterable[dict[str, Any]], attempt: int, restart: int) -> list[_Failure]:
     """The attempt's `failed` events, by the time at which they happened, clocks set right as its preflight found."""
     events = [event for event in events if event.get("attempt") == attempt]
@@ -182,7 +181,7 @@ def _failures(events: Iterable[dict[str, Any]], attempt: int, restart: int) -> l
     skew_s = _skews(events)
     found = []
     for event in events:
-        if event.get("event") == "failed":
+        if event.get("event") == "failed" and not _LAUNCHER.match(str(event.get("reason"))):
             time_s = (epoch_s(event.get("time")) or 0.0) - skew_s.get(str(event.get("host")), 0.0)
             killed = event.get("detail") == KILLED
             found.append(_Failure(cause=cause_of(event), event=event, time_s=time_s, killed=killed))
@@ -237,33 +236,12 @@ def _rank_lines(folder: RunFolder, attempt: int, rank: int, count: int) -> list[
     return found[::-1]
 
 
-def _batch_lines(folder: RunFolder, attempt: int) -> list[tuple[Path, str]]:
-    """What the batch script's log has of this attempt, oldest line first: srun's and slurmstepd's words."""
-    jobs = {str(job) for log in rank_logs(folder, attempt=attempt) for job in [log.path.name.rsplit(".", 3)[0]]}
-    found: list[tuple[Path, str]] = []
-    for job_id in sorted(jobs):
-        path = folder.logs / f"{job_id}.batch.err"
-        before = (folder.promised(f"ended-{number}") for number in range(attempt - 1, -1, -1))
-        ended = next((facts for facts in before if facts is not None and facts.get("job_id") == job_id), {})
-        with contextlib.suppress(OSError):
-            lines = last_lines(path, _LINES, start=int(ended.get("batch_err_bytes", 0)))
-            found += [(path, line) for line in lines if line.strip()]
-    return found
-
-
-def _silent(folder: RunFolder, attempt: int, batch: list[tuple[Path, str]], failures: list[_Failure]) -> Fault | None:
-    """The rank that died first, when it said nothing: those that srun ends because of it come later."""
-    for _, line in batch:
-        match = _TASK.match(line)
-        if match is None:
-            continue
-        rank = int(match["first"])
-        if any(each.event.get("rank") == rank for each in failures):
-            return None
-        how = match["how"][0].lower() + match["how"][1:]
-        cause, why = _from_log(folder, attempt, rank, f"rank {rank}: {how}")
-        return Fault(cause=cause, why=why, rank=rank, host=match["host"])
-    return None
+def _silent(folder: RunFolder, attempt: int, end: RankEnd | None, failures: list[_Failure]) -> Fault | None:
+    """The rank that ended first, when it said nothing: those that are ended because of it come later."""
+    if end is None or any(each.event.get("rank") == end.rank for each in failures):
+        return None
+    cause, why = _from_log(folder, attempt, end.rank, f"rank {end.rank}: {end.how}")
+    return Fault(cause=cause, why=why, rank=end.rank, host=end.host)
 
 
 def _out_of_memory(
@@ -296,12 +274,12 @@ def _out_of_memory(
 
 
 def _dead_node(batch: list[tuple[Path, str]]) -> Fault | None:
-    for path, line in batch:
-        match = _NODE.match(line)
-        if match is not None:
-            why, log = f"node {match['host']} failed: {line}", f"logs/{path.name}"
-            return Fault(cause="node_failure", why=why[:_MAX_LINE], host=match["host"], log=log, line=line[:_MAX_LINE])
-    return None
+    lost = lost_node(batch)
+    if lost is None:
+        return None
+    host, path, line = lost
+    why = f"node {host} failed: {line[:_MAX_LINE]}"
+    return Fault(cause="node_failure", why=why, host=host, log=f"logs/{path.name}", line=line[:_MAX_LINE])
 
 
 def _told(folder: RunFolder, attempt: int, failure: _Failure) -> Fault:
@@ -328,20 +306,17 @@ def _with_line(folder: RunFolder, attempt: int, fault: Fault) -> Fault:
         lambda line: True,
     )
     path, line = next(found for fits in ways for found in lines if fits(found[1]))
-    return Fault(
-        cause=fault.cause,
-        why=fault.why,
-        rank=fault.rank,
-        host=fault.host,
-        time_s=fault.time_s,
-        log=f"logs/{path.name}",
-        line=line.strip()[:_MAX_LINE],
-    )
+    return replace(fault, log=f"logs/{path.name}", line=line.strip()[:_MAX_LINE])
 
 
 def _by_status(folder: RunFolder, attempt: int, status: int | None) -> Fault:
-    how = f"with status {status}" if status else "without a result"
-    cause: Cause = "configuration" if status in (126, 127) else "failed"
-    ranks = {log.rank for log in rank_logs(folder, attempt=attempt)}
-    fault = Fault(cause=cause, why=f"the ranks ended {how}", rank=0 if ranks == {0} else None)
-    return _with_line(folder, attempt, fault)
+    why = f"the ranks ended {f'with status {status}' if status else 'without a result'}"
+    if status in (126, 127):
+        return Fault(cause="configuration", why=why)
+    found: list[Fault] = []
+    for rank in sorted({log.rank for log in rank_logs(folder, attempt=attempt)})[:_RANKS]:
+        cause, words = _from_log(folder, attempt, rank, why)
+        found.append(Fault(cause=cause, why=words, rank=None if cause == "failed" else rank))
+    known = [fault for fault in found if fault.cause != "failed"]
+    fault = min(known, key=lambda each: row(each.cause).symptom, default=Fault(cause="failed", why=why))
+    return _with_line(folder, attempt, replace(fault, rank=0) if len(found) == 1 else fault)
