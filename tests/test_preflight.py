@@ -26,6 +26,7 @@ from cfe_hpc.ranks.env import RankFacts, read_facts
 from cfe_hpc.ranks.preflight import Report, judge, require
 from cfe_hpc.ranks.rendezvous import Meeting
 from cfe_hpc.ranks.stopping import Ended
+from cfe_hpc.recovery.exclusions import excluded
 from cfe_hpc.runfolder import RunFolder
 
 GONE = ImpossibleError([Problem(file="n", key="CUDA_VISIBLE_DEVICES", what="0 devices", remedy="look at the node")])
@@ -139,6 +140,9 @@ def each_case(rank: int, place: Place, group: Miscounts, folders: dict[str, str]
     broken = replace(place, device_error=GONE)
     said = {"fit": outcome("fit", place), "off": outcome("off", place), "off and broken": outcome("off", broken)}
     said["one device"] = outcome("one device", broken if rank else place)
+    local = replace(place, facts=replace(place.facts, scheduler="local"), device_error=GONE if rank else None)
+    found = outcome("local", local)
+    said["local"] = found["nodes"][1]["host"] if isinstance(found, dict) else found
     said["no device"] = outcome("no device", broken)
     group.wrong = rank == 1
     said["one wrong"] = outcome("one wrong", place)
@@ -155,8 +159,7 @@ def each_case(rank: int, place: Place, group: Miscounts, folders: dict[str, str]
 def rank_main(rank: int, port: int, folders: dict[str, str], answers: Any) -> None:
     meeting = Meeting(address="127.0.0.1", master_port=port, control_port=port)
     group = Miscounts(rank, 2, meeting)
-    mine = replace(facts(2, rank=rank), scheduler="local")
-    place = Place(facts=mine, meeting=meeting, device=resolve("cpu").device, group=group)
+    place = Place(facts=facts(2, rank=rank), meeting=meeting, device=resolve("cpu").device, group=group)
     answers.put((rank, each_case(rank, place, group, folders)))
 
 
@@ -172,9 +175,13 @@ def test_a_missing_device_is_told_after_the_ranks_have_met(tmp_path: Path, asked
     assert events(folder, "failed") == []
 
 
-def test_two_ranks_agree_on_who_is_fit(tmp_path: Path) -> None:
+def test_two_ranks_agree_on_who_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("scontrol", "sinfo"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     folders = {}
-    for case in ("fit", "off", "one device", "no device", "one wrong", "all wrong", "clock"):
+    for case in ("fit", "off", "local", "one device", "no device", "one wrong", "all wrong", "clock"):
         spec = make_spec(tmp_path, nodes=2, job={"recovery": {"preflight": case != "off"}})
         (tmp_path / case).mkdir()
         folders[case] = make_folder(tmp_path / case, spec)
@@ -198,14 +205,16 @@ def test_two_ranks_agree_on_who_is_fit(tmp_path: Path) -> None:
     assert fit["bandwidth_bytes_per_s"] > 0 and 0 <= fit["skew_s"] < preflight._SKEW_WARN_S
     assert heard[0].pop("off and broken") == heard[1].pop("off and broken") == "ImpossibleError"
     expected = {"off": None, "one device": 0, "no device": "ImpossibleError", "one wrong": 0, "all wrong": "CfeError"}
-    assert heard == {0: {**expected, "clock": 0}, 1: {**expected, "clock": 0}}
+    assert heard[0] == {**expected, "clock": 0, "local": "n2"}
+    assert heard[1] == {**expected, "clock": 0, "local": "ImpossibleError"}
     told = {case: [event["reason"] for event in events(folder, "failed")] for case, folder in folders.items()}
     assert told["one device"] == [f"preflight: n2: {' '.join(str(GONE).split())}"]
     assert told["one wrong"] == ["preflight: n2: a sum over all ranks came out wrong"]
     assert told["clock"] == ["preflight: n2: its clock is +90 s from the others'"]
-    assert not told["fit"] and not told["no device"]
+    assert not told["fit"] and not told["no device"] and not told["local"]
     for case in ("one device", "one wrong", "clock"):
         assert folders[case].promised("requeued-0") is not None
         assert [event["reason"] for event in events(folders[case], "requeued")] == ["node_unfit"]
+        assert [found.node for found in excluded(tmp_path / case, now_s=time.time())] == ["n2"]
     assert all(not list(folder.control.glob(".preflight*")) for folder in folders.values())
     assert os.listdir(tmp_path / "off") == ["job"]

@@ -84,7 +84,7 @@ class Preflight:
         seconds: that it took on rank 0.
         skew_s: the largest distance of a node's clock from the others'.
         bandwidth_bytes_per_s: of summing 1 MiB over the control plane's network; None with one rank.
-        unfit: host to what it lacks. Empty, unless the attempt ends here.
+        unfit: host to what it lacks. Under Slurm the attempt ends here unless it is empty.
         nodes: for each, in the order of their numbers: host, skew_s, and memory_bytes of a device where it is known.
     """
 
@@ -106,7 +106,8 @@ def require(folder: RunFolder, spec: RunSpec, place: Place) -> Preflight | None:
         What was found; None with `recovery.preflight` off, and for a script run by hand.
 
     Raises:
-        Ended: a node is unfit. It is named in a `failed` event and avoided from now on; the run is requeued, or held.
+        Ended: Slurm has given a node that is unfit. It is named in a `failed` event and avoided from now on; the run is
+            requeued, or held.
         CfeError: this rank's device is not there and that is no fault of its node, or the network spoils data.
         RuntimeError: the network did not answer, or a rank is gone.
     """
@@ -117,12 +118,12 @@ def require(folder: RunFolder, spec: RunSpec, place: Place) -> Preflight | None:
     began_s = time.monotonic()
     reports = _exchange(place, _look(folder, spec, place))
     found = replace(judge(reports, place.facts), seconds=round(time.monotonic() - began_s, 3))
-    if found.unfit:
+    if found.unfit and place.facts.scheduler == "slurm":  # locally there are no other nodes to be had
         _leave(folder, spec, place, found)
     if place.device_error is not None:
         raise place.device_error
     if any("network" in report.lacks for report in reports):
-        raise CfeError("preflight: a sum over all ranks came out wrong on every node; test the network between them")
+        raise CfeError("preflight: a sum over all ranks came out wrong; test the network of these nodes")
     if place.facts.rank == 0:
         _tell(folder, place.facts, found, reports)
     return found
@@ -212,9 +213,7 @@ def _leave(folder: RunFolder, spec: RunSpec, place: Place, found: Preflight) -> 
     if facts.rank == 0:
         for host, text in zip(found.unfit, named, strict=True):
             reason = f"preflight: {text}"[:_REASON_LENGTH]
-            # Only Slurm's names are names to avoid.
-            place_of = {"host": host} if facts.scheduler == "slurm" else {}
-            folder.note_event("failed", attempt=facts.attempt, cause="node_unfit", reason=reason, **place_of)
+            folder.note_event("failed", attempt=facts.attempt, host=host, cause="node_unfit", reason=reason)
     why = f"preflight: {'; '.join(named)}"
     logger.error("%s", why)
     scheduler = choose(folder, facts, spec.plan)
@@ -225,7 +224,7 @@ def _leave(folder: RunFolder, spec: RunSpec, place: Place, found: Preflight) -> 
 def _tell(folder: RunFolder, facts: RankFacts, found: Preflight, reports: Sequence[Report]) -> None:
     """Say what is wrong though no reason to stop."""
     for what in sorted({what for report in reports for what in report.lacks.values()}):
-        logger.warning("preflight, on every node: %s", what)
+        logger.warning("preflight: %s", what)
     if found.skew_s > _SKEW_WARN_S:
         logger.warning("preflight: clocks of the nodes differ by %.1f s", found.skew_s)
         folder.note_event("degraded", attempt=facts.attempt, reason="clock_skew", detail={"nodes": found.nodes})
