@@ -89,7 +89,10 @@ class Watchdog:
 
     def limit_s(self) -> float:
         """Seconds without a sign that are a hang."""
-        return max(self._after_s, self._factor * self._median_s(), self._patience_s)
+        return max(self._usual_limit_s(), self._patience_s)
+
+    def _usual_limit_s(self) -> float:
+        return max(self._after_s, self._factor * self._median_s())
 
     def _median_s(self) -> float:
         durations_s = list(self._durations_s)
@@ -98,7 +101,8 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             idle_s, limit_s = time.monotonic() - self._sign_s, self.limit_s()
-            look_s = min(limit_s / _LOOKS, _CLOSE_LOOK_S if idle_s > limit_s / 2 else _LOOK_S)
+            # Not by the patience of the moment, which may end at once.
+            look_s = min(self._usual_limit_s() / _LOOKS, _CLOSE_LOOK_S if idle_s > limit_s / 2 else _LOOK_S)
             if self._ends_attempts:
                 # Its thread needs no interpreter: it shows where code is that lets no other Python run.
                 faulthandler.dump_traceback_later(max(limit_s - idle_s, 0.0) + 3 * look_s, file=_STDERR)
@@ -140,6 +144,8 @@ class Watchdog:
 
     def _why(self) -> str:
         median_s = self._median_s()
+        if self._patience_s > self._usual_limit_s():
+            return f"in a phase that may take {self._patience_s:g} s"
         if self._factor * median_s > self._after_s:
             return f"{self._factor:g} times the median of {median_s:.3g} s"
         return f"the median is {median_s:.3g} s, and less than {self._after_s:g} s is no hang"
