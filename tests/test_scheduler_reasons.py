@@ -8,7 +8,7 @@ import pytest
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Preemption
 from cfe_hpc.ranks.env import read_facts
-from cfe_hpc.ranks.scheduler import JobRecord, LocalScheduler, SlurmScheduler
+from cfe_hpc.ranks.scheduler import TIMER, JobRecord, LocalScheduler, SlurmScheduler
 from cfe_hpc.runfolder import RunFolder
 
 PLAN = Plan(
@@ -64,6 +64,21 @@ def test_the_record_tells_why(folder, record, signals, cause):
     judged, evidence = scheduler._judge(JobRecord.parse(record), signals, time.time())
     assert judged == cause
     assert evidence
+
+
+def test_the_runs_own_timer_needs_no_looking_into(folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder.path))  # nobody could be asked
+    facts = read_facts({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"})
+    slurm = SlurmScheduler(folder, facts, PLAN)
+    assert slurm.why([TIMER])[0] == local(folder).why([TIMER])[0] == "time_limit"
+    assert slurm.why(["SIGTERM", TIMER])[0] == "unknown"
+    folder.promise("cancel", user="ada")
+    assert slurm.why([TIMER])[0] == local(folder).why([TIMER])[0] == "cancelled"
+
+
+def test_the_record_tells_whether_a_job_may_be_requeued():
+    assert JobRecord.parse(shown()).requeue
+    assert not JobRecord.parse(shown().replace("Requeue=1", "Requeue=0")).requeue
 
 
 def local(folder):
