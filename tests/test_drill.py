@@ -28,7 +28,7 @@ PASSED: list[dict[str, Any]] = [
     event("signal", step=40, reason="SIGTERM"),
     event("checkpoint_saved", second=2, step=40, seconds=0.41),
     event("requeued", second=3, step=40, reason="requeue_requested"),
-    event("started", 1, second=10, host="n1"),
+    event("started", 1, second=10, detail={"allocated_s": 1767225604.5}),
     event("resumed", 1, second=11, step=40),
 ]
 BEAT = {"time": "2026-01-01T00:00:12.500Z", "attempt": 1, "step": 41}
@@ -56,8 +56,9 @@ def without(name: str, *others: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_run_that_did_everything_passes_with_its_times() -> None:
     seen = evidence(PASSED)
     assert failed(seen) == []
-    expected = {"heard": 1.0, "saved": 2.0, "requeued": 3.0, "started": 10.0, "resumed": 11.0, "first_step": 12.5}
-    assert times_s(seen) == expected
+    expected = {"heard": 1.0, "saved": 2.0, "requeued": 3.0, "allocated": 4.5, "started": 10.0, "resumed": 11.0}
+    assert times_s(seen) == {**expected, "first_step": 12.5}
+    assert list(times_s(seen).values()) == sorted(times_s(seen).values())
 
 
 NOTHING = evidence([], first_beat=None, checkpoint=None, lost_steps=None)

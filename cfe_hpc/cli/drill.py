@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(report: Report) -> None:
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:
-        name = check.name.replace(" ", "_")
+        name = "first_step" if check.name == "went on" else check.name
         when = f"{report.times_s[name]:8.1f} s" if name in report.times_s else " " * 10
         print(f"{'ok' if check.ok else 'NO':<3} {check.name:<{width}} {when}  {check.text}")
     print(f"{report.run_id}: the drill of attempt {report.attempt} {'passed' if report.passed else 'FAILED'}")

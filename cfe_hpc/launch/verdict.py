@@ -11,6 +11,8 @@ from cfe_hpc.units import format_seconds
 
 __all__ = ["Check", "Evidence", "checks", "times_s"]
 
+_ORDER = ("heard", "saved", "requeued", "allocated", "started", "resumed", "first_step")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
@@ -73,16 +75,20 @@ def checks(seen: Evidence) -> list[Check]:
 
 def times_s(seen: Evidence) -> dict[str, float]:
     """Seconds from the telling to each thing that was seen. Machines whose clocks differ shift them."""
-    later = ("started", "resumed")
+    started = seen.event("started", later=True) or {}
     stamps = {
         "heard": seen.event("signal"),
         "saved": seen.event("checkpoint_saved"),
         "requeued": seen.event("requeued"),
-        **{name: seen.event(name, later=True) for name in later},
+        "started": started,
+        "resumed": seen.event("resumed", later=True),
         "first_step": seen.first_beat,
     }
-    found = {name: epoch_s(record.get("time")) for name, record in stamps.items() if record is not None}
-    return {name: round(stamp - seen.told_s, 3) for name, stamp in found.items() if stamp is not None}
+    found = {name: epoch_s((record or {}).get("time")) for name, record in stamps.items()}
+    allocated_s = (started.get("detail") or {}).get("allocated_s")
+    if isinstance(allocated_s, (int, float)):
+        found["allocated"] = allocated_s
+    return {name: round(stamp - seen.told_s, 3) for name in _ORDER if (stamp := found.get(name)) is not None}
 
 
 def _heard(seen: Evidence, signal: Mapping[str, Any] | None) -> Check:
@@ -125,7 +131,9 @@ def _started(seen: Evidence) -> Check:
     started = seen.event("started", later=True)
     if started is None:
         return Check(name="started", ok=False, text=f"attempt {seen.attempt + 1} was not seen to start")
-    return Check(name="started", ok=True, text=f"attempt {seen.attempt + 1} on {started.get('host')}")
+    allocated_s = times_s(seen).get("allocated")
+    since = "" if allocated_s is None else f", whose nodes it got after {format_seconds(max(0.0, allocated_s))}"
+    return Check(name="started", ok=True, text=f"attempt {seen.attempt + 1}{since}")
 
 
 def _resumed(seen: Evidence) -> Check:

@@ -28,7 +28,7 @@ def a_drill_passes(stage: Stage) -> None:
         checks = [check["name"] for check in report["checks"]]
         assert checks == ["heard", "saved", "whole", "requeued", "started", "resumed", "went on"]
         times = report["times_s"]
-        assert list(times) == ["heard", "saved", "requeued", "started", "resumed", "first_step"]
+        assert list(times) == ["heard", "saved", "requeued", "allocated", "started", "resumed", "first_step"]
         assert sorted(times.values()) == list(times.values())
     assert reasons(run) == ["requeue_requested", "requeue_requested"]
     stage.cfe("cancel", run.run_id)
