@@ -54,7 +54,9 @@ class StopTimer:
 
     def need(self, seconds: float) -> None:
         """Say how long a stop takes, from the signal to the committed checkpoint."""
-        needed_s = seconds + _MARGIN_S
+        # Of a limit of seconds the margin may be more than there is: each attempt would stop as it begins.
+        margin_s = _MARGIN_S if self._plan.time_s is None else min(_MARGIN_S, self._plan.time_s / 4)
+        needed_s = seconds + margin_s
         self._need_s = needed_s if needed_s > self._plan.signal_lead_s else None
         if self._need_s is None or self._plan.time_s is None or self._asker is not None:
             return
@@ -70,7 +72,7 @@ class StopTimer:
         end_s, need_s = self._end_s, self._need_s
         if end_s is None or need_s is None or self._spent or time.time() < end_s - need_s:
             return False
-        logger.info("%.0f s to the time limit, and a stop may take %.0f s", end_s - time.time(), need_s - _MARGIN_S)
+        logger.info("%.0f s to the time limit, and a stop is given %.0f s", end_s - time.time(), need_s)
         self._spent = True
         return True
 
