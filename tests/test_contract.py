@@ -174,6 +174,8 @@ def test_the_lead_of_the_signal_is_what_was_measured_where_that_is_longer(here: 
     assert plan_with_history(loaded)[0].signal_lead_s == 300
     short = load("j.toml", "minislurm", ["resources.time=4m"], os.environ)
     assert plan_with_history(short)[0].signal_lead_s == 120
+    local = load("j.toml", "local", ["resources.partition=local"], os.environ)
+    assert plan(local.job, local.site, measured=SLOW).signal_lead_s == 240
 
 
 @pytest.mark.parametrize(("measured", "warns"), [(None, True), (QUICK, False), (SLOW, True)])

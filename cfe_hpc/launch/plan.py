@@ -11,7 +11,7 @@ from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
-from cfe_hpc.recovery.measured import Measured, signal_lead_s
+from cfe_hpc.recovery.measured import Measured, need_s, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
 
 __all__ = ["LAUNCHERS", "plan"]
@@ -71,7 +71,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
         qos=qos_name,
         constraint=job.resources.constraint,
         signal=site.slurm.signal,
-        signal_lead_s=_lead_s(stated_lead_s, time_s, measured),
+        signal_lead_s=_lead_s(site, stated_lead_s, time_s, measured),
         preemption=qos.preemption or partition.preemption,
         options=list(partition.options),
         launcher=launcher,
@@ -81,12 +81,14 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
     )
 
 
-def _lead_s(stated_s: int, time_s: float | None, measured: Measured | None) -> int:
+def _lead_s(site: Site, stated_s: int, time_s: float | None, measured: Measured | None) -> int:
     """The site's lead, or what has been measured where that is longer; half of the time at most for it, since an
     attempt that is told to stop from its beginning gets nowhere."""
     if measured is None:
         return stated_s
-    return max(stated_s, int(min(signal_lead_s(measured), math.inf if time_s is None else time_s / 2)))
+    # Our own supervisor's clock has no slack.
+    learned_s = signal_lead_s(measured) if site.scheduler == "slurm" else math.ceil(need_s(measured))
+    return max(stated_s, int(min(learned_s, math.inf if time_s is None else time_s / 2)))
 
 
 def _reporter(origins: Mapping[str, str]) -> Report:
