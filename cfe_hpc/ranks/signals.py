@@ -14,7 +14,7 @@ from types import FrameType
 
 from cfe_hpc.ranks.pids import register
 
-__all__ = ["STOP_SIGNALS", "StopFlag", "install", "unblock"]
+__all__ = ["STOP_SIGNALS", "StopFlag", "block", "install", "unblock"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,12 @@ def install() -> StopFlag:
     _installed = flag
     register()
     return flag
+
+
+def block() -> None:
+    """Hold stop signals back from now on: what they ask for is done. Python itself, once it has begun to end, no longer
+    handles them and would die of the TERM that follows a requeue; to a launcher that is a failure."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def unblock() -> None:
