@@ -115,6 +115,27 @@ def test_a_node_failure_that_the_ranks_were_told_of_is_counted_once(tmp_path: Pa
     assert examine(folder, spec, replace(FACTS, attempt=2)) == 1
 
 
+def test_a_node_failure_that_looked_like_a_requeue_by_somebody_else_is_one(tmp_path: Path, slurm: Slurm) -> None:
+    """The batch script's node is well: Slurm requeues the job and tells the ranks there to stop, and no more."""
+    folder, spec = begun(tmp_path, recovery={"node_failures": 1})
+    folder.append_event("requeued", attempt=0, reason="requeued_already")
+    assert examine(folder, spec, FACTS) is None
+    assert failed(folder) == [(0, "n2", "node_failure")]
+    assert [e["reason"] for e in folder.events() if e["event"] == "requeued"] == ["requeued_already", "node_failure"]
+    folder.append_event("started", attempt=1, detail={"job_id": "41", "hosts": ["n1", "n2"]})
+    folder.append_event("requeued", attempt=1, reason="requeued_already")
+    assert examine(folder, spec, replace(FACTS, attempt=2)) == 1
+    assert "node failure number 2" in (folder.promised("held") or {})["reason"]
+
+
+def test_a_requeue_by_somebody_else_with_all_nodes_well_is_no_failure(tmp_path: Path, slurm: Slurm) -> None:
+    slurm.nodes(n1=("IDLE", LONG_AGO), n2=("IDLE", LONG_AGO))
+    folder, spec = begun(tmp_path)
+    folder.append_event("requeued", attempt=0, reason="requeued_already")
+    assert examine(folder, spec, FACTS) is None
+    assert failed(folder) == []
+
+
 @pytest.mark.parametrize("end", ["requeued", "held", "completed", "result", "unknown start"])
 def test_an_end_that_somebody_told_of_is_not_looked_into(tmp_path: Path, slurm: Slurm, end: str) -> None:
     folder, spec = begun(tmp_path)

@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.files import read_ndjson
@@ -47,9 +48,13 @@ def examine(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int | None:
         return None
     events = list(folder.events())
     attempts = [attempt for attempt in read_attempts(events) if attempt.number < facts.attempt]
-    if not attempts or attempts[-1].number != facts.attempt - 1 or not _unexplained(attempts[-1]):
+    if not attempts or attempts[-1].number != facts.attempt - 1:
         return None
     last = attempts[-1]
+    # Slurm has told the ranks on the nodes that are left to stop, and not why it has requeued the job.
+    by_slurm = any(_is_of(e, "requeued", last) and e.get("reason") == "requeued_already" for e in events)
+    if last.bad_hosts or not (by_slurm or _unexplained(last)):
+        return None
     found = _asked(folder, last)
     if not found:
         return None
@@ -57,20 +62,24 @@ def examine(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int | None:
         logger.warning("attempt %d: %s", last.number, why)
         folder.note_event("failed", attempt=last.number, host=host, cause="node_failure", reason=why)
     # Without the word that it is requeued: it is this end that is to be judged now, not the next one.
-    known = [e for e in folder.events() if (e.get("event"), e.get("attempt")) != ("requeued", last.number)]
+    known = [e for e in folder.events() if not _is_of(e, "requeued", last)]
     decision = decide(spec.job.recovery, known, cause="node_failure")
     carry_out(folder, decision.effects, attempt=last.number)
     if decision.action == "requeue":
+        if by_slurm:
+            folder.note_event("requeued", attempt=last.number, reason="node_failure", detail=found[0][1])
         return None
     hold(folder, attempt=facts.attempt, step=None, why=decision.why, cause="node_failure")
     write_result(folder, "HELD", attempts=facts.attempt + 1, reason=decision.why)
     return 1
 
 
+def _is_of(event: dict[str, Any], name: str, attempt: Attempt) -> bool:
+    return (event.get("event"), event.get("attempt")) == (name, attempt.number)
+
+
 def _unexplained(attempt: Attempt) -> bool:
     """Whether nobody has said why it ended, or only that a node has failed and not which."""
-    if attempt.bad_hosts:
-        return False
     return attempt.ended_by == "node_failure" or (not attempt.requeued and attempt.ended_by in (None, attempt.cause))
 
 
