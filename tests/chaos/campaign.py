@@ -102,6 +102,11 @@ class Outcome:
 
 def outcome_of(ward: Ward, undisturbed: str | None) -> Outcome:
     """Take a run through its plan, and look at it."""
+    with ward.equipped():
+        return _outcome(ward, undisturbed)
+
+
+def _outcome(ward: Ward, undisturbed: str | None) -> Outcome:
     began_s = time.monotonic()
     found: list[str] = []
     words = ""

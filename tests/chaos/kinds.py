@@ -33,8 +33,8 @@ class Kind:
     prompt: bool = True
 
 
-# A dead node breaks the others' connections first; which of the two words comes first is up to Slurm.
-_NODE = frozenset({"node_failure", "communication"})
+# A dead node breaks the others' connections, or Slurm tells them to stop when it has requeued the job by itself.
+_NODE = frozenset({"node_failure", "communication", "requeued_already"})
 
 KINDS: tuple[Kind, ...] = (
     Kind(name="preempt", reasons=frozenset({"preempted"}), budget="preemptions", holds=True),

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = ["ACTS", "Delivered", "Surroundings", "Ward"]
 
 _PACE_S, _SLOW_S = 0.2, 1.0
 _PROGRESS_S, _REQUEUED_S = 120.0, 150.0
+_LOOK_S = 2.0
 _STATE_BYTES = 2 << 20
 # A rank of the training alone takes half of it; what `memory` takes, twice.
 _MEMORY = "1500MiB"
@@ -62,6 +63,7 @@ class Ward:
     delivered: list[Delivered] = field(default_factory=list)
     disk: Disk | None = None
     submitted: LiveRun | None = None
+    looked_s: float = 0.0
 
     @property
     def run(self) -> LiveRun:
@@ -72,27 +74,33 @@ class Ward:
     def cluster(self) -> Cluster:
         return self.stage.cluster
 
+    @contextlib.contextmanager
+    def equipped(self) -> Iterator[None]:
+        """Have what its faults need; the run folder is there only within."""
+        needs_disk = any(fault.kind == "full-disk" for fault in self.plan.faults)
+        if not needs_disk or self.around.disk is None:
+            yield
+            return
+        with self.around.disk(self.stage.folder / "disk") as self.disk:
+            yield
+
     def go_through(self) -> None:
         """Submit, hurt, and wait for the end. What became of it is in the run folder.
 
         Raises:
             AssertionError: something that was to follow a fault did not, in time.
         """
-        with contextlib.ExitStack() as stack:
-            names = {fault.kind for fault in self.plan.faults}
-            if "full-disk" in names and self.around.disk is not None:
-                self.disk = stack.enter_context(self.around.disk(self.stage.folder / "disk"))
-            self.submitted = self._submit()
-            for fault in self.plan.faults:
-                began_s = time.monotonic()
-                attempt = self._ready(fault)
-                ACTS[fault.kind](self, fault)
-                self.delivered.append(Delivered(fault=fault, attempt=attempt, seconds=time.monotonic() - began_s))
-                if self.ended():
-                    break
-            self.run.pace(0)
-            self.run.wait_result(180)
-            self.cluster.wait_for_end(self.run.job_id)
+        self.submitted = self._submit()
+        for fault in self.plan.faults:
+            began_s = time.monotonic()
+            attempt = self._ready(fault)
+            ACTS[fault.kind](self, fault)
+            self.delivered.append(Delivered(fault=fault, attempt=attempt, seconds=time.monotonic() - began_s))
+            if self.ended():
+                break
+        self.run.pace(0)
+        self.run.wait(lambda: self._hurry() or self.ended(), 180, "ended")
+        self.cluster.wait_for_end(self.run.job_id)
 
     def _submit(self) -> LiveRun:
         plan, disk, gateway = self.plan, self.disk, self.around.pushgateway
@@ -126,6 +134,7 @@ class Ward:
         ended = max((each.attempt for each in self.delivered if kind(each.fault.kind).reasons), default=-1)
 
         def there() -> bool:
+            self._hurry()
             attempt = self.run.attempt()
             events = [event for event in self.run.events("checkpoint_saved") if event["attempt"] == attempt]
             saved = [event["step"] for event in events if "seconds" in event]
@@ -134,6 +143,15 @@ class Ward:
 
         self.run.wait(there, _PROGRESS_S, "training on")
         return self.run.attempt()
+
+    def _hurry(self) -> None:
+        """Let an attempt begin that has sent itself back, off a node that is avoided."""
+        if time.monotonic() - self.looked_s < _LOOK_S or self.ended():
+            return
+        self.looked_s = time.monotonic()
+        if self.cluster.state(self.run.job_id) == "PENDING":
+            with contextlib.suppress(AssertionError):  # it has just begun
+                self.cluster.hurry(self.run.job_id)
 
     @staticmethod
     def _is_time(saved: list[int], beats: list[dict[str, Any]], after: int) -> bool:
@@ -206,7 +224,7 @@ def _size(path: Path) -> int:
 
 
 def _requeue(ward: Ward, fault: Fault) -> None:
-    ward.end_attempt(lambda: ward.stage.cfe("requeue", ward.run.run_id))
+    ward.end_attempt(lambda: ward.stage.cfe("requeue", str(ward.run.folder.path)))
 
 
 def _scontrol_requeue(ward: Ward, fault: Fault) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which making an optimizer imports, for over a second: it belongs to the imports
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
