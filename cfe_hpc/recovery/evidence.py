@@ -36,6 +36,7 @@ _SEEN_FROM_OUTSIDE = re.compile(
 )
 
 
+_STEP = re.compile(r"^slurmstepd(?:-(?P<host>\S+))?: error: .*[Ee]xceeded (?:job |step )?memory limit")
 # What the agent of a launcher says of all its ranks at once.
 _LAUNCHER = re.compile(r"^(torchrun|deepspeed): exit status \d+$")
 
@@ -253,24 +254,33 @@ def _out_of_memory(
     slurm_state: str | None,
 ) -> Fault | None:
     path, line = next(((path, line) for path, line in batch if of_text(line) == "oom_host"), (None, None))
-    killed = first is None or first.killed
-    if line is None and slurm_state != "OUT_OF_MEMORY" and not (oom_kills and killed):
+    if line is not None:
+        said = line[:_MAX_LINE]
+    elif slurm_state == "OUT_OF_MEMORY":
+        said = "sacct says OUT_OF_MEMORY"
+    elif oom_kills and (first is None or first.killed):
+        said = f"the kernel has killed {oom_kills} of its processes"
+    else:
         return None
-    event = first.event if first is not None else {}
-    rank = silent.rank if silent is not None else event.get("rank")
-    host = silent.host if silent is not None else event.get("host")
-    who = "the job" if rank is None else f"rank {rank}"
-    said = line or (
-        f"sacct says {slurm_state}" if slurm_state else f"the kernel has killed {oom_kills} of its processes"
-    )
+    rank, host = _who_took_it(line or "", first, silent)
     return Fault(
         cause="oom_host",
-        why=f"{who} was out of memory: {said[:_MAX_LINE]}",
+        why=f"{'the job' if rank is None else f'rank {rank}'} was out of memory: {said}",
         rank=rank,
         host=host,
         log=None if path is None else f"logs/{path.name}",
-        line=None if line is None else line[:_MAX_LINE],
+        line=None if line is None else said,
     )
+
+
+def _who_took_it(line: str, first: _Failure | None, silent: Fault | None) -> tuple[int | None, str | None]:
+    """(rank, host) that ran out of memory. Where slurmstepd has done the counting it ends all ranks of its node."""
+    step = _STEP.match(line)
+    if step is not None:
+        return None, step["host"]
+    if silent is not None:
+        return silent.rank, silent.host
+    return (None, None) if first is None else (first.event.get("rank"), first.event.get("host"))
 
 
 def _dead_node(batch: list[tuple[Path, str]]) -> Fault | None:
