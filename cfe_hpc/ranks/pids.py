@@ -48,13 +48,21 @@ def register() -> bool:
 @dataclass(slots=True)
 class _Member:
     pid: int
-    pidfd: int
+    pidfd: int | None
+    """None when it had ended before it was found."""
     told: set[str] = field(default_factory=set)
 
     def alive(self) -> bool:
+        if self.pidfd is None:
+            return False
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
+
+    def send(self, signum: signal.Signals) -> None:
+        if self.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signum)
 
 
 class Roster:
@@ -71,14 +79,14 @@ class Roster:
         self._members: dict[str, _Member] = {}
 
     def tell(self, names: Iterable[str]) -> bool:
-        """Send each signal once to each registered process; whether there is any, dead or alive."""
+        """Send each signal once to each registered process; whether any of them runs."""
         self._refresh()
         for member in self._members.values():
             for name in names:
                 if name not in member.told:
                     member.told.add(name)
-                    _send(member.pidfd, signal.Signals[name])
-        return bool(self._members)
+                    member.send(signal.Signals[name])
+        return any(member.alive() for member in self._members.values())
 
     def living(self) -> int:
         """How many of the registered processes run."""
@@ -92,7 +100,7 @@ class Roster:
     def kill(self) -> None:
         """SIGKILL to those that still run. Any thread may call."""
         for member in list(self._members.values()):
-            _send(member.pidfd, signal.SIGKILL)
+            member.send(signal.SIGKILL)
 
     def _refresh(self) -> None:
         text = os.pread(self._fd, 1 << 20, self._read_bytes)
@@ -106,18 +114,17 @@ class Roster:
         before = self._members.get(local_rank)
         if before is not None and before.pid == pid and before.alive():
             return
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return
-        if str(start_ticks(pid)) != ticks:  # another process has the number by now
-            os.close(pidfd)
-            return
-        if before is not None:
+        if before is not None and before.pidfd is not None:
             os.close(before.pidfd)
-        self._members[local_rank] = _Member(pid, pidfd)
+        self._members[local_rank] = _Member(pid, _open(pid, ticks))
 
 
-def _send(pidfd: int, signum: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signum)
+def _open(pid: int, ticks: str) -> int | None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    if str(start_ticks(pid)) == ticks:
+        return pidfd
+    os.close(pidfd)  # it has ended, or another process has its number by now
+    return None
