@@ -84,7 +84,7 @@ def drill(folder: RunFolder, *, direct: bool, timeout_s: float, say: Say) -> Rep
         SchedulerError: the scheduler cannot be reached, or refused.
     """
     spec = RunSpec.read(folder.run_toml)
-    watch = _Watch(folder, spec, timeout_s)
+    watch = _Watch(folder, timeout_s)
     job, known = _running(folder, spec)
     attempt = latest_attempt(folder)
     if attempt is None:
@@ -104,7 +104,7 @@ def drill(folder: RunFolder, *, direct: bool, timeout_s: float, say: Say) -> Rep
     seen = Evidence(attempt=attempt, told_s=time.time(), joined=joined, num_ranks=num_ranks)
     say(f"{signame} to job {known.job_id}" + (", to its tasks alone" if direct else ""))
     _tell(folder, spec, job, known, signame, direct=direct)
-    _follow(folder, spec, job, watch, seen, say)
+    _follow(folder, spec, watch, seen, say)
     seen.events = watch.events()
     if seen.first_beat is not None:
         seen.lost_steps = summarise(folder).lost_steps - lost_before
@@ -122,7 +122,7 @@ def drill(folder: RunFolder, *, direct: bool, timeout_s: float, say: Say) -> Rep
 class _Watch:
     """The run's events since the drill began, and the drill's clock."""
 
-    def __init__(self, folder: RunFolder, spec: RunSpec, timeout_s: float) -> None:
+    def __init__(self, folder: RunFolder, timeout_s: float) -> None:
         self._folder, self._timeout_s = folder, timeout_s
         self._begun = 0
         self._deadline_s = time.monotonic() + timeout_s
@@ -203,7 +203,7 @@ def _ask(argv: list[str]) -> None:
         raise SchedulerError(f"{error}; drill from a machine that has Slurm's commands, as the run's user") from error
 
 
-def _follow(folder: RunFolder, spec: RunSpec, job: dict[str, Any], watch: _Watch, seen: Evidence, say: Say) -> None:
+def _follow(folder: RunFolder, spec: RunSpec, watch: _Watch, seen: Evidence, say: Say) -> None:
     """Wait for one thing after the other; what is not seen is missing in `seen`."""
 
     def happened(name: str, *, later: bool = False) -> dict[str, Any] | None:
@@ -219,7 +219,7 @@ def _follow(folder: RunFolder, spec: RunSpec, job: dict[str, Any], watch: _Watch
         looked: Future[tuple[int, str | None]] | None = None
         if seen.step is not None and seen.event("checkpoint_saved") is not None:
             looked = beside.submit(_look, folder, spec, watch, folder.checkpoints / step_name(seen.step))
-        _hurry(spec, job, watch)
+        _hurry(folder, spec, watch, seen.attempt)
         if watch.wait(lambda: happened("started", later=True)) is not None:
             say("started again")
             resumed = watch.wait(lambda: happened("resumed", later=True)) if seen.joined else None
@@ -240,17 +240,21 @@ def _look(folder: RunFolder, spec: RunSpec, watch: _Watch, checkpoint: Path) -> 
         return 0, reason or str(error)
 
 
-def _hurry(spec: RunSpec, job: dict[str, Any], watch: _Watch) -> None:
-    """Let a requeued job start as soon as there is room: Slurm has it wait for up to two minutes."""
+def _hurry(folder: RunFolder, spec: RunSpec, watch: _Watch, attempt: int) -> None:
+    """Let a requeued job, or its successor, start as soon as there is room: Slurm has it wait for up to two minutes."""
     if spec.site.scheduler != "slurm":
         return
-    backend, job_id = backend_for("slurm"), str(job["job_id"])
+    backend = backend_for("slurm")
 
-    def pending() -> bool | None:
-        known = backend.states([job]).get(job_id)
-        return True if known is None or known.state == "PENDING" else None
+    def waiting() -> str | None:
+        job = latest_job(folder)
+        known = None if job is None else backend.states([job]).get(str(job["job_id"]))
+        started = latest_attempt(folder) != attempt
+        return known.job_id if known is not None and (known.state == "PENDING" or started) else None
 
-    watch.wait(pending, every_s=min(_SQUEUE_POLL_S, spec.site.slurm.poll_interval))
+    job_id = watch.wait(waiting, every_s=min(_SQUEUE_POLL_S, spec.site.slurm.poll_interval))
+    if job_id is None:
+        return
     time.sleep(_SETTLED_S)
     # Refused where it is another user's job, or already running: then it starts when it does.
     run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], timeout_s=_COMMAND_TIMEOUT_S, check=False)
