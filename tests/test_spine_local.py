@@ -76,6 +76,15 @@ def test_the_time_limit_is_one_more_reason_to_go_on(submit: Submit, tmp_path: Pa
     assert {event["reason"] for event in run.events("requeued")} == {"time_limit"}
 
 
+def test_the_runs_own_timer_stops_it_where_the_signal_would_come_too_late(submit: Submit, tmp_path: Path) -> None:
+    site = site_file(tmp_path, "local", slurm={"signal_lead": 0.2, "kill_wait": 5.0})
+    run = submit(site, pause_s=0.2, resources={"devices_per_node": 1, "time": "6s"}, checkpoint={"every_steps": 5})
+    result = run.wait_result()
+    assert (result["state"], result["lost_steps"], total(result)) == ("COMPLETED", 0, TOTAL)
+    assert "timer" in {event["reason"] for event in run.events("signal")}
+    assert {event["reason"] for event in run.events("requeued")} == {"time_limit"}
+
+
 def test_cancel_ends_a_run_for_good(submit: Submit) -> None:
     run = submit(pause_s=0.4)
     run.wait_step(4, attempt=0)

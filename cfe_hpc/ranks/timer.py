@@ -54,15 +54,17 @@ class StopTimer:
 
     def need(self, seconds: float) -> None:
         """Say how long a stop takes, from the signal to the committed checkpoint."""
-        # Of a limit of seconds the margin may be more than there is: each attempt would stop as it begins.
-        margin_s = _MARGIN_S if self._plan.time_s is None else min(_MARGIN_S, self._plan.time_s / 4)
-        needed_s = seconds + margin_s
+        limit_s = self._plan.time_s
+        if limit_s is None:
+            return
+        # Of a short limit a stop may be given no more than a part: each attempt would stop as it begins.
+        needed_s = min(seconds + min(_MARGIN_S, limit_s / 4), limit_s / 2)
         self._need_s = needed_s if needed_s > self._plan.signal_lead_s else None
-        if self._need_s is None or self._plan.time_s is None or self._asker is not None:
+        if self._need_s is None or self._asker is not None:
             return
         began_s = allocated_s()
         if self._facts.scheduler == "local" and began_s is not None:
-            self._end_s = began_s + self._plan.time_s
+            self._end_s = began_s + limit_s
         elif self._facts.scheduler == "slurm":
             self._asker = threading.Thread(target=self._keep_asking, name="cfe-end-time", daemon=True)
             self._asker.start()
