@@ -166,13 +166,14 @@ def _first_time(folder: RunFolder, node: str) -> bool:
 def judge(reports: Sequence[Report], facts: RankFacts) -> Preflight:
     """Which nodes are unfit, from what all ranks have found, in the order of their numbers."""
     first = {report.node: report for report in reversed(reports)}
-    clock_s = statistics.median(report.time_s for report in first.values()) if len(first) > 2 else first[0].time_s
+    several = len(first) > 2  # of two clocks that differ nobody can tell which one is wrong
+    clock_s = statistics.median(report.time_s for report in first.values()) if several else first[0].time_s
     skews_s = {node: round(report.time_s - clock_s, 3) for node, report in sorted(first.items())}
     lacks: dict[int, dict[str, str]] = {node: {} for node in skews_s}
     for report in reports:
         lacks[report.node].update(report.lacks)
     for node, skew_s in skews_s.items():
-        if abs(skew_s) > _SKEW_LIMIT_S:
+        if several and abs(skew_s) > _SKEW_LIMIT_S:
             lacks[node]["clock"] = f"its clock is {skew_s:+.0f} s from the others'"
     # A lone node that an earlier attempt did better than has nobody else to share the fault with.
     common = set() if len(lacks) == 1 and reports[0].proven else set.intersection(*map(set, lacks.values()))
