@@ -19,6 +19,7 @@ from cfe_hpc.config.load import load, load_site
 from cfe_hpc.files import tomllib
 from cfe_hpc.metrics.families import FAMILIES, LOGGED
 from cfe_hpc.ranks.scheduler import Cause
+from cfe_hpc.recovery.buckets import BUCKETS
 from cfe_hpc.runfolder import EVENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +182,11 @@ def test_exit_codes_are_those_of_the_errors(document: str) -> None:
 def test_metrics_are_those_of_the_code() -> None:
     listed = column(table(ROOT / "docs/metrics.md", "## What there is"), "name")
     assert [name.strip("`").partition("{")[0] for name in listed] == [family.name for family in (*FAMILIES, LOGGED)]
+
+
+def test_the_buckets_of_time_are_those_of_the_ledger() -> None:
+    listed = column(table(ROOT / "docs/goodput.md", "## Buckets"), "bucket")
+    assert [name.strip("`") for name in listed] == list(BUCKETS)
 
 
 @pytest.mark.parametrize(
