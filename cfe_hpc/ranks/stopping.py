@@ -146,7 +146,8 @@ def conclude(
         if verdict.action == "cancelled":
             folder.note_event("cancelled", attempt=attempt, reason=cause, **fields)
         elif verdict.action == "held":
-            hold(folder, attempt=attempt, step=step, why=verdict.why)
+            known = None if cause == "unknown" or cause == "requeued_already" else cause
+            hold(folder, attempt=attempt, step=step, why=verdict.why, cause=known)
         elif verdict.action == "requeued":
             verdict = _requeue(folder, scheduler, spec, verdict, attempt, step)
         group.broadcast(json.dumps(asdict(verdict)).encode())
