@@ -170,6 +170,12 @@ def test_the_log_of_a_rank_that_was_killed_says_nothing_of_it(scene: Scene) -> N
     assert scene.find().cause == "failed"
 
 
+def test_an_error_that_no_row_knows_is_told_with_the_status(scene: Scene) -> None:
+    scene.log(0, "Traceback (most recent call last):", "mine.StrangeError: odd", "bye")
+    scene.failed(0, "exit status 1")
+    assert (scene.find().cause, scene.find().why) == ("failed", "exit status 1: mine.StrangeError: odd")
+
+
 def test_the_line_is_that_of_the_error_and_not_the_last_one(scene: Scene) -> None:
     scene.log(1, "KeyError: 'a'", "ValueError: bad batch", "  \t", "a warning on the way out", "")
     scene.failed(1, "ValueError: bad batch")

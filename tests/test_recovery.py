@@ -332,6 +332,21 @@ def test_a_roll_back_begins_a_leg_and_takes_what_was_saved_after_it(tmp_path: Pa
     assert only.ended_s is not None and only.ended_s > only.started_s
 
 
+def test_what_an_exit_status_stands_for_is_compared_once_somebody_has_looked() -> None:
+    def ended(number: int, told: str) -> Events:
+        events = failing(number, "failed", resumed=10 * number or None, saved=10 * number + 10)
+        said = {"event": "failed", "attempt": number, "rank": 0, "reason": "exit status 1"}
+        echo = {"event": "failed", "attempt": number, "cause": "communication", "reason": "Connection closed"}
+        looked = {"event": "failed", "attempt": number, "rank": 0, "cause": "failed", "reason": told}
+        return [*events[:-2], said, echo, looked, events[-1]]
+
+    twice = ended(0, "exit status 1: KeyError: 1") + ended(1, "exit status 1: KeyError: 2")
+    assert decide(Recovery(failures=5), twice[:-1], cause="failed").action == "requeue"
+    twice = ended(0, "exit status 1: KeyError: 1") + ended(1, "exit status 1: KeyError: 1")
+    assert decide(Recovery(failures=5), twice[:-1], cause="failed").action == "hold"
+    assert [each.cause for each in read_attempts(twice)] == ["failed", "failed"]
+
+
 def test_an_end_that_the_next_attempt_looked_into_is_no_guess() -> None:
     events = attempt(0, resumed=None, saved=5, reason=None, error="RuntimeError: Connection closed by peer")
     events.append({"event": "signal", "attempt": 0, "reason": "SIGTERM"})

@@ -53,6 +53,7 @@ class Attempt:
         ended_by: None while nothing says that it ended.
         cause: of its first error that is not the echo of another one; None when it reported none.
         error: the text of that error, or how it died without one.
+        vague: the error is no more than an exit status, and nobody has said what it means.
         killed: it died by a signal from outside, which says nothing about the job itself.
         requeued: another attempt was asked for or promised.
         undone: roll-backs.
@@ -77,6 +78,7 @@ class Attempt:
     ended_by: Cause | Literal["completed", "held"] | None = None
     cause: Cause | None = None
     error: str | None = None
+    vague: bool = False
     killed: bool = False
     requeued: bool = False
     undone: int = 0
@@ -203,12 +205,15 @@ def _take_start(attempt: Attempt, event: dict[str, Any], said_s: float | None) -
 
 
 def _take_failure(attempt: Attempt, event: dict[str, Any]) -> None:
-    """The first error stands, unless it is one that another rank's may have brought about."""
+    """The first error stands, unless it is one that another rank's may have brought about, or says no more than how a
+    program ended, and somebody has looked into it."""
     cause = cause_of(event)
     attempt.killed = attempt.killed or event.get("detail") == KILLED
     if cause in _OF_NODES and isinstance(event.get("host"), str):
         attempt.bad_hosts = (*attempt.bad_hosts, event["host"])
-    if attempt.cause is None or (row(attempt.cause).symptom and not row(cause).symptom):
+    vague = "cause" not in event and cause == "failed" and event.get("detail") != KILLED
+    weak = attempt.vague or (attempt.cause is not None and row(attempt.cause).symptom)
+    if attempt.cause is None or (weak and not vague and not row(cause).symptom):
         if attempt.ended_by == attempt.cause:
             attempt.ended_by = cause
-        attempt.cause, attempt.error = cause, str(event.get("reason", ""))
+        attempt.cause, attempt.error, attempt.vague = cause, str(event.get("reason", "")), vague

@@ -36,6 +36,7 @@ _SEEN_FROM_OUTSIDE = re.compile(
 )
 
 
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)(?::|$)")
 _STEP = re.compile(r"^slurmstepd(?:-(?P<host>\S+))?: error: .*[Ee]xceeded (?:job |step )?memory limit")
 # What the agent of a launcher says of all its ranks at once.
 _LAUNCHER = re.compile(r"^(torchrun|deepspeed): exit status \d+$")
@@ -211,7 +212,7 @@ def _refined(folder: RunFolder, failure: _Failure) -> _Failure:
     if failure.cause != "failed" or "cause" in failure.event or rank is None:
         return failure
     cause, why = _from_log(folder, int(failure.event["attempt"]), rank, reason)
-    if cause == "failed":
+    if why == reason:
         return failure
     return _Failure(cause=cause, event={**failure.event, "reason": why}, time_s=failure.time_s, killed=False)
 
@@ -221,7 +222,8 @@ def _from_log(folder: RunFolder, attempt: int, rank: int, why: str) -> tuple[Cau
     lines = _rank_lines(folder, attempt, rank, _LAST_LINES) if _SEEN_FROM_OUTSIDE.search(why) else []
     spoken = [(cause, line) for _, line in lines if (cause := of_text(line)) != "failed"]
     if not spoken:
-        return "failed", why
+        line = next((line for _, line in lines if _EXCEPTION.match(line)), None)
+        return "failed", why if line is None else f"{why}: {line.strip()[:_MAX_LINE]}"
     # What a broken connection makes a program print on its way out comes last, and says less.
     cause, line = min(spoken, key=lambda each: row(each[0]).symptom)
     return cause, f"{why}: {line.strip()[:_MAX_LINE]}"
