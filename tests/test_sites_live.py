@@ -328,7 +328,7 @@ def test_a_run_survives_where_qos_decide_and_jobs_are_not_requeued_unless_they_a
         done = cfe("sites", "detect", "--output", "found.toml", cwd=tmp_path, env=cluster.env)
         assert done.returncode == 0, done.stderr
         found = tmp_path / "found.toml"
-        found.write_text(found.read_text().replace('"cuda"', '"cpu"').replace('"2m"', '"20s"'))
+        found.write_text(found.read_text().replace('"cuda"', '"cpu"').replace('"~/cfe_runs"', '"runs"'))
         assert cfe("sites", "check", "found.toml", cwd=tmp_path, env=cluster.env).returncode == 0
         site, _ = load_site(str(found), {})
         assert site.qos["scavenger"].preemption == Preemption(mode="requeue", grace=20.0)
