@@ -85,6 +85,7 @@ def test_when_no_roll_back_is_left_the_run_is_held(submit: Submit) -> None:
     assert len(run.events("rolled_back")) == 1
     (held,) = run.events("held")
     assert (held["reason"], held["cause"]) == (result["reason"], "nan")
+    assert run.events()[-1] == held  # nothing after it: that would count against whoever goes on
 
 
 def test_before_the_first_checkpoint_the_run_starts_over(submit: Submit) -> None:

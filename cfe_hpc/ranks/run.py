@@ -26,7 +26,7 @@ from cfe_hpc.ranks.phases import Phase
 from cfe_hpc.ranks.preflight import Preflight, require
 from cfe_hpc.ranks.rollback import RollBacks, Spent
 from cfe_hpc.ranks.scheduler import choose
-from cfe_hpc.ranks.stopping import Inquiry, Verdict, conclude
+from cfe_hpc.ranks.stopping import Ended, Inquiry, Verdict, conclude
 from cfe_hpc.ranks.watchdog import Watchdog
 from cfe_hpc.recovery.causes import of_exception
 from cfe_hpc.recovery.result import add_metrics, write_result
@@ -154,11 +154,12 @@ class Run:
                 as a checkpoint of another program: a run without a checkpoint of its own begins after them.
 
         Raises:
-            SystemExit: the run was told to stop, and is saved.
+            SystemExit: the run was told to stop, and is saved; or a loss or gradient is not finite, and no roll-back is
+                left in the budget: the run is held.
             CheckpointMismatch: the checkpoint belongs to another model or variant.
             CorruptCheckpoint: there are checkpoints, and none of them verifies: the run is held.
-            NonFinite: a loss or gradient is not finite, and no roll-back is left in the budget: the run is held; or
-                there is no checkpoint to go back to yet, and the next attempt starts over.
+            NonFinite: a loss or gradient is not finite, and there is no checkpoint to go back to yet: the next attempt
+                starts over.
         """
         self._journal.started(total, preflight=None if self._preflight is None else self._preflight.facts())
         facts, plan = self._place.facts, self.spec.plan
@@ -314,6 +315,9 @@ class Run:
         except (CorruptCheckpoint, Spent) as error:
             self._journal.held(str(error), of_exception(error))
             self._write_result("HELD", reason=str(error))
+            if isinstance(error, Spent):  # an error after the hold would count against the next attempts
+                logger.error("held: %s", error)
+                raise Ended(1) from error
             raise
 
     def _stop(self, bits: int, done: int) -> None:
