@@ -114,6 +114,16 @@ def test_submit_prints_the_contract_and_freezes_the_run(cfe: Callable[..., Any],
     assert "COMPLETED" in done.stderr.splitlines()[-1]
 
 
+def test_submit_says_what_a_preemption_does_where_there_are_some(cfe: Callable[..., Any], tmp_path: Path) -> None:
+    write_job(tmp_path)
+    preemption = 'site.partitions.local.preemption={mode = "requeue", grace = "30s"}'
+    said = cfe("submit", "job.toml", "--set", preemption, "--wait").stderr
+    assert said.startswith(
+        "preemption: requeue: TERM, 30s to save; all ranks save, the next attempt follows; "
+        "how long a save takes is not known yet\n"
+    )
+
+
 def test_wait_ends_with_1_when_the_run_fails(cfe: Callable[..., Any], tmp_path: Path) -> None:
     write_job(tmp_path, command=["false"])
     assert "FAILED" in cfe("submit", "job.toml", "--wait", status=1).stderr.splitlines()[-1]
