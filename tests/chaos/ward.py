@@ -117,7 +117,12 @@ class Ward:
             "resources": resources,
             "engine": {"kind": "torch"},
             "checkpoint": {"every_steps": INTERVAL, "async": plan.beside},
-            "recovery": {"hang_after": "6s", "communication_errors": 9, **plan.budgets},
+            # Short where a rank is stopped; elsewhere what takes long on a busy machine is no hang.
+            "recovery": {
+                "hang_after": "6s" if any(fault.kind == "stop-rank" for fault in plan.faults) else "10m",
+                "communication_errors": 9,
+                **plan.budgets,
+            },
             "params": params,
         }
         if gateway is not None:
