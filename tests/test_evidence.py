@@ -109,18 +109,16 @@ def test_a_lack_of_memory_that_slurm_tells_of_wins_over_a_kill(
     assert (fault.log, fault.line) == ("logs/41.batch.err", said)
 
 
-@pytest.mark.parametrize("known", [{"oom_kills": 1}, {"slurm_state": "OUT_OF_MEMORY"}], ids=str)
-def test_counts_of_the_kernel_and_states_of_slurm_explain_a_kill(scene: Scene, known: dict[str, Any]) -> None:
+def test_counts_of_the_kernel_explain_a_kill(scene: Scene) -> None:
     scene.failed(1, "rank 1 was killed by SIGKILL", detail=KILLED)
     scene.failed(0, GLOO)
     assert scene.find().cause == "failed"
-    assert (scene.find(**known).cause, scene.find(**known).rank) == ("oom_host", 1)
+    assert (scene.find(oom_kills=1).cause, scene.find(oom_kills=1).rank) == ("oom_host", 1)
 
 
 def test_a_helper_that_the_kernel_killed_does_not_hide_an_error_that_is_known(scene: Scene) -> None:
     scene.failed(0, "DataError: tokens.h5: damaged")
     assert scene.find(oom_kills=1).cause == "data"
-    assert scene.find(slurm_state="OUT_OF_MEMORY").cause == "data"
 
 
 def test_a_node_that_srun_lost_explains_its_peers_errors(scene: Scene) -> None:

@@ -19,7 +19,7 @@ from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold, promise_next
-from cfe_hpc.recovery.attempts import cause_of
+from cfe_hpc.recovery.attempts import cause_of, read_attempts
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.recovery.effects import carry_out
@@ -54,7 +54,8 @@ def close_failed_attempt(
     if cause == "preempted":
         folder.note_event("preempted", attempt=attempt, detail="the ranks ended without having saved")
     else:
-        fault = find(folder, attempt=attempt, status=status, oom_kills=oom_kills)
+        restart = max((each.restart for each in read_attempts(folder.events()) if each.number == attempt), default=0)
+        fault = find(folder, attempt=attempt, restart=restart, status=status, oom_kills=oom_kills)
         _tell(folder, attempt, fault)
         cause = cause or fault.cause
     decision = decide(spec.job.recovery, folder.events(), cause=cause)

@@ -73,15 +73,54 @@ class _Failure:
     killed: bool
 
 
-def find(
-    folder: RunFolder,
-    *,
-    attempt: int,
-    restart: int = 0,
-    status: int | None = None,
-    oom_kills: int = 0,
-    slurm_state: str | None = None,
-) -> Fault:
+class _Logs:
+    """The standard error of an attempt's ranks. The folder is listed once: it may hold thousands of files."""
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self._paths: dict[int, list[Path]] = {}
+        for log in rank_logs(folder, attempt=attempt):
+            if log.stream == "err":
+                self._paths.setdefault(log.rank, []).append(log.path)
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(self._paths)
+
+    def tail(self, rank: int | None, count: int) -> list[tuple[Path, str]]:
+        """The last lines of a rank's that are not blank, the newest first."""
+        found: list[tuple[Path, str]] = []
+        for path in self._paths.get(rank, []) if rank is not None else []:
+            with contextlib.suppress(OSError):
+                found += [(path, line) for line in last_lines(path, count) if line.strip()]
+        return found[::-1]
+
+    def speak(self, rank: int, why: str) -> tuple[Cause, str]:
+        """(cause, words) of a rank of which only the end was seen: what the last lines of its log tell, if anything."""
+        lines = self.tail(rank, _LAST_LINES) if _SEEN_FROM_OUTSIDE.search(why) else []
+        spoken: list[tuple[Cause, str]] = [(cause, line) for _, line in lines if (cause := of_text(line)) != "failed"]
+        spoken += [("failed", line) for _, line in lines if _EXCEPTION.match(line)]
+        if not spoken:
+            return "failed", why
+        # What a broken connection makes a program print on its way out comes last, and says less.
+        cause, line = min(spoken, key=lambda each: (each[0] == "failed", row(each[0]).symptom))
+        return cause, f"{why}: {line.strip()[:_MAX_LINE]}"
+
+    def with_line(self, fault: Fault) -> Fault:
+        """The fault with the line of its rank's log that says why."""
+        lines = self.tail(fault.rank, _LINES)
+        if not lines:
+            return fault
+        ways: tuple[Callable[[str], bool], ...] = (
+            lambda line: fault.why in line,
+            lambda line: fault.cause != "failed" and of_text(line) == fault.cause,
+            lambda line: of_text(line) != "failed",
+            lambda line: True,
+        )
+        path, line = next(found for fits in ways for found in lines if fits(found[1]))
+        return replace(fault, log=f"logs/{path.name}", line=line.strip()[:_MAX_LINE])
+
+
+def find(folder: RunFolder, *, attempt: int, restart: int = 0, status: int | None = None, oom_kills: int = 0) -> Fault:
     """Why an attempt failed, as far as anything tells.
 
     In this order: an error whose cause is known; word of a lack of memory, or of a dead node, from Slurm or the
@@ -90,26 +129,25 @@ def find(
 
     Args:
         restart: looks only at what came after this restart inside the allocation.
-        status: the ranks' exit status, where there is one; minus the signal for a death by a signal.
+        status: the ranks' exit status; None or 0 when there is none that tells anything.
         oom_kills: processes that the kernel has killed in the attempt's memory cgroup.
-        slurm_state: the job's or the step's state, as sacct tells it.
     """
-    failures = [_refined(folder, each) for each in _failures(folder.events(), attempt, restart)]
-    batch = batch_lines(folder, attempt)
+    logs, batch = _Logs(folder, attempt), batch_lines(folder, attempt)
+    failures = [_refined(logs, each) for each in _failures(folder.events(), attempt, restart)]
     first = next((each for each in failures if not row(each.cause).symptom), None)
     if first is not None and first.cause != "failed":
-        return _told(folder, attempt, first)
-    silent = _silent(folder, attempt, first_end(folder, attempt, batch), failures)
-    fault = _out_of_memory(batch, first, silent, oom_kills=oom_kills, slurm_state=slurm_state) or _dead_node(batch)
+        return logs.with_line(_told(first))
+    silent = _silent(logs, first_end(folder, attempt, batch), failures)
+    fault = _out_of_memory(batch, first, silent, oom_kills=oom_kills) or _dead_node(batch)
     if fault is not None:
         return fault
     if first is not None:
-        return _told(folder, attempt, first)
+        return logs.with_line(_told(first))
     if silent is not None:
-        return _with_line(folder, attempt, silent)
+        return logs.with_line(silent)
     if failures:
-        return _told(folder, attempt, failures[0])
-    return _by_status(folder, attempt, status)
+        return logs.with_line(_told(failures[0]))
+    return _by_status(logs, status)
 
 
 def first_word(events: Iterable[dict[str, Any]], *, attempt: int) -> dict[str, Any] | None:
@@ -206,60 +244,33 @@ def _skews(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     return skews
 
 
-def _refined(folder: RunFolder, failure: _Failure) -> _Failure:
+def _refined(logs: _Logs, failure: _Failure) -> _Failure:
     """The failure, its cause read from its rank's log where the event tells no more than how the rank ended."""
     reason, rank = str(failure.event.get("reason", "")), failure.event.get("rank")
     if failure.cause != "failed" or "cause" in failure.event or rank is None:
         return failure
-    cause, why = _from_log(folder, int(failure.event["attempt"]), rank, reason)
-    if why == reason:
-        return failure
-    return _Failure(cause=cause, event={**failure.event, "reason": why}, time_s=failure.time_s, killed=False)
+    cause, why = logs.speak(rank, reason)
+    return (
+        failure
+        if why == reason
+        else replace(failure, cause=cause, event={**failure.event, "reason": why}, killed=False)
+    )
 
 
-def _from_log(folder: RunFolder, attempt: int, rank: int, why: str) -> tuple[Cause, str]:
-    """(cause, words) of a rank of which only the end was seen: what the last lines of its log speak of, if anything."""
-    lines = _rank_lines(folder, attempt, rank, _LAST_LINES) if _SEEN_FROM_OUTSIDE.search(why) else []
-    spoken = [(cause, line) for _, line in lines if (cause := of_text(line)) != "failed"]
-    if not spoken:
-        line = next((line for _, line in lines if _EXCEPTION.match(line)), None)
-        return "failed", why if line is None else f"{why}: {line.strip()[:_MAX_LINE]}"
-    # What a broken connection makes a program print on its way out comes last, and says less.
-    cause, line = min(spoken, key=lambda each: row(each[0]).symptom)
-    return cause, f"{why}: {line.strip()[:_MAX_LINE]}"
-
-
-def _rank_lines(folder: RunFolder, attempt: int, rank: int, count: int) -> list[tuple[Path, str]]:
-    """The last lines that are not blank of a rank's standard error, the newest first."""
-    found: list[tuple[Path, str]] = []
-    for log in rank_logs(folder, rank=rank, attempt=attempt):
-        if log.stream == "err":
-            with contextlib.suppress(OSError):
-                found += [(log.path, line) for line in last_lines(log.path, count) if line.strip()]
-    return found[::-1]
-
-
-def _silent(folder: RunFolder, attempt: int, end: RankEnd | None, failures: list[_Failure]) -> Fault | None:
+def _silent(logs: _Logs, end: RankEnd | None, failures: list[_Failure]) -> Fault | None:
     """The rank that ended first, when it said nothing: those that are ended because of it come later."""
     if end is None or any(each.event.get("rank") == end.rank for each in failures):
         return None
-    cause, why = _from_log(folder, attempt, end.rank, f"rank {end.rank}: {end.how}")
+    cause, why = logs.speak(end.rank, f"rank {end.rank}: {end.how}")
     return Fault(cause=cause, why=why, rank=end.rank, host=end.host)
 
 
 def _out_of_memory(
-    batch: list[tuple[Path, str]],
-    first: _Failure | None,
-    silent: Fault | None,
-    *,
-    oom_kills: int,
-    slurm_state: str | None,
+    batch: list[tuple[Path, str]], first: _Failure | None, silent: Fault | None, *, oom_kills: int
 ) -> Fault | None:
     path, line = next(((path, line) for path, line in batch if of_text(line) == "oom_host"), (None, None))
     if line is not None:
         said = line[:_MAX_LINE]
-    elif slurm_state == "OUT_OF_MEMORY":
-        said = "sacct says OUT_OF_MEMORY"
     elif oom_kills and (first is None or first.killed):
         said = f"the kernel has killed {oom_kills} of its processes"
     else:
@@ -294,41 +305,25 @@ def _dead_node(batch: list[tuple[Path, str]]) -> Fault | None:
     return Fault(cause="node_failure", why=why, host=host, log=f"logs/{path.name}", line=line[:_MAX_LINE])
 
 
-def _told(folder: RunFolder, attempt: int, failure: _Failure) -> Fault:
+def _told(failure: _Failure) -> Fault:
     event = failure.event
-    fault = Fault(
+    return Fault(
         cause=failure.cause,
         why=str(event.get("reason", "no reason given")),
         rank=event.get("rank"),
         host=event.get("host"),
         time_s=failure.time_s,
     )
-    return _with_line(folder, attempt, fault)
 
 
-def _with_line(folder: RunFolder, attempt: int, fault: Fault) -> Fault:
-    """The fault with the line of its rank's log that says why."""
-    lines = [] if fault.rank is None else _rank_lines(folder, attempt, fault.rank, _LINES)
-    if not lines:
-        return fault
-    ways: tuple[Callable[[str], bool], ...] = (
-        lambda line: fault.why in line,
-        lambda line: fault.cause != "failed" and of_text(line) == fault.cause,
-        lambda line: of_text(line) != "failed",
-        lambda line: True,
-    )
-    path, line = next(found for fits in ways for found in lines if fits(found[1]))
-    return replace(fault, log=f"logs/{path.name}", line=line.strip()[:_MAX_LINE])
-
-
-def _by_status(folder: RunFolder, attempt: int, status: int | None) -> Fault:
+def _by_status(logs: _Logs, status: int | None) -> Fault:
+    """What the status tells, or else the logs of the ranks: nobody says which one it was."""
     why = f"the ranks ended {f'with status {status}' if status else 'without a result'}"
     if status in (126, 127):
         return Fault(cause="configuration", why=why)
-    found: list[Fault] = []
-    for rank in sorted({log.rank for log in rank_logs(folder, attempt=attempt)})[:_RANKS]:
-        cause, words = _from_log(folder, attempt, rank, why)
-        found.append(Fault(cause=cause, why=words, rank=None if cause == "failed" else rank))
-    known = [fault for fault in found if fault.cause != "failed"]
-    fault = min(known, key=lambda each: row(each.cause).symptom, default=Fault(cause="failed", why=why))
-    return _with_line(folder, attempt, replace(fault, rank=0) if len(found) == 1 else fault)
+    found = [(rank, *logs.speak(rank, why)) for rank in logs.ranks[:_RANKS]]
+    if not found:
+        return Fault(cause="failed", why=why)
+    rank, cause, words = min(found, key=lambda each: (each[1] == "failed", row(each[1]).symptom))
+    named = cause != "failed" or len(logs.ranks) == 1
+    return logs.with_line(Fault(cause=cause, why=words if named else why, rank=rank if named else None))
