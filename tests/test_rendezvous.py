@@ -6,7 +6,7 @@ import pytest
 
 from cfe_hpc.errors import CfeError
 from cfe_hpc.ranks.env import RankFacts
-from cfe_hpc.ranks.rendezvous import candidate_ports, meet
+from cfe_hpc.ranks.rendezvous import candidate_ports, meet, reachable_address
 
 
 def facts(rank: int, world_size: int = 3, job_id: str = "1", attempt: int = 0) -> RankFacts:
@@ -84,3 +84,30 @@ def test_another_attempt_meets_elsewhere():
 
 def test_rank_zero_alone_needs_nobody():
     assert meet(replace(facts(0), world_size=1), token="x").address == "127.0.0.1"
+
+
+SILENT_ONCE = """#!/bin/sh
+if mkdir "$0.asked" 2>/dev/null; then echo 'slurm_load_node error: Socket timed out on send/recv operation' >&2; exit 1; fi
+echo NodeName=nowhere-1 NodeAddr=10.0.0.7 State=IDLE
+"""
+UNKNOWN = "#!/bin/sh\necho 'Node nowhere-1 not found' >&2; exit 1\n"
+
+
+def scontrol(folder, monkeypatch, text):
+    (folder / "scontrol").write_text(text)
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_a_controller_that_gives_no_answer_is_asked_again(tmp_path, monkeypatch):
+    scontrol(tmp_path, monkeypatch, SILENT_ONCE)
+    assert reachable_address("nowhere-1") == "10.0.0.7"
+
+
+def test_a_node_that_nobody_knows_and_a_controller_that_stays_silent_are_errors(tmp_path, monkeypatch):
+    scontrol(tmp_path, monkeypatch, UNKNOWN)
+    with pytest.raises(CfeError, match="not found"):
+        reachable_address("nowhere-1")
+    scontrol(tmp_path, monkeypatch, SILENT_ONCE)
+    with pytest.raises(CfeError, match="Socket timed out"):
+        reachable_address("nowhere-1", patience_s=0.0)

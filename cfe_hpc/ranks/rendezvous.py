@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 _LOWEST, _HIGHEST = 20_000, 32_767
 _CANDIDATES = 16
 _REPLY_LIMIT_BYTES = 4096
+
+_NO_ANSWER = re.compile(r"no answer|contact slurm|timed out|connect", re.IGNORECASE)
+"""What is said of a controller that is there no more, or not yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +58,11 @@ def candidate_ports(job_id: str, attempt: int, purpose: str) -> Iterator[int]:
         yield _LOWEST + digest % (_HIGHEST - _LOWEST + 1)
 
 
-def reachable_address(host: str) -> str:
+def reachable_address(host: str, *, patience_s: float = 120.0) -> str:
     """`host`, or the address Slurm knows it by where the name resolves to nothing (node names need not be host names).
+
+    Args:
+        patience_s: how long a controller that gives no answer, which may be starting again, is asked anew.
 
     Raises:
         CfeError: nobody knows the name.
@@ -65,10 +72,17 @@ def reachable_address(host: str) -> str:
         return host
     except socket.gaierror:
         pass
-    try:
-        shown = run(["scontrol", "show", "node", host, "-o"], timeout_s=20).stdout
-    except CommandError as error:
-        raise CfeError(f"node {host}: the name does not resolve, and Slurm gives no address ({error})") from error
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            shown = run(["scontrol", "show", "node", host, "-o"], timeout_s=20).stdout
+            break
+        except CommandError as error:
+            if not _NO_ANSWER.search(str(error)) or time.monotonic() > deadline_s:
+                problem = f"node {host}: the name does not resolve, and Slurm gives no address ({error})"
+                raise CfeError(problem) from error
+            logger.warning("where is node %s? %s; asking again", host, error)
+            time.sleep(1.0)
     for word in shown.split():
         if word.startswith("NodeAddr="):
             return word.removeprefix("NodeAddr=")
