@@ -181,7 +181,7 @@ class Ward:
         act()
         if self._requeued(before):
             between()
-            self.cluster.resume(self.run.job_id)
+            self.cluster.resume(self.run.job_id, timeout_s=_REQUEUED_S)
 
     def node(self, rank: int) -> str:
         """The node of a rank."""
