@@ -71,10 +71,13 @@ def _plan(mode: str = "requeue", grace_s: float = 10.0, *, user_signal: bool = F
 
 
 def test_a_save_fits_the_grace_or_does_not() -> None:
-    assert fits(_plan(grace_s=0.56), QUICK) is True
-    assert fits(_plan(grace_s=0.55), QUICK) is False
-    assert fits(_plan(), None) is None
-    assert fits(_plan("suspend"), SLOW) is None
+    assert fits(_plan(grace_s=0.56), _site(), QUICK) is True
+    assert fits(_plan(grace_s=0.55), _site(), QUICK) is False
+    assert fits(_plan(), _site(), None) is None
+    assert fits(_plan("suspend"), _site(), SLOW) is None
+    # Without a grace Slurm still waits between TERM and KILL.
+    assert fits(_plan(grace_s=0), _site(kill_wait=0.56), QUICK) is True
+    assert fits(_plan(grace_s=0), _site(kill_wait=0.55), QUICK) is False
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_save_fits_the_grace_or_does_not() -> None:
             _plan(grace_s=0),
             {},
             None,
-            "requeue: TERM and the kill at once, nothing can be saved; Slurm may forget a job that exits then "
+            "requeue: TERM, 30s (KillWait) to save; Slurm may forget a job that exits then "
             "(slurm.version is not set), so all ranks save and the run requeues itself; how long a save takes is not "
             "known yet",
         ),

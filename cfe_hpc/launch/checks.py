@@ -18,7 +18,7 @@ from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import Problem
 from cfe_hpc.process import CommandError, run
-from cfe_hpc.recovery.contract import fits
+from cfe_hpc.recovery.contract import fits, time_to_save_s
 from cfe_hpc.recovery.measured import Measured, need_s
 from cfe_hpc.units import format_duration, format_seconds, format_size
 
@@ -137,8 +137,8 @@ def _remote_tier(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found
 
 
 def _short_grace(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:
-    grace, fit = plan.preemption.grace, fits(plan, measured)
-    if fit or not plan.preemption.ends_attempts or (measured is None and grace >= plan.signal_lead_s):
+    room_s, fit = time_to_save_s(plan, loaded.site), fits(plan, loaded.site, measured)
+    if fit or room_s is None or (measured is None and room_s >= plan.signal_lead_s):
         return
     if measured is None:
         what = f"preemption leaves less time to save than the {plan.signal_lead_s} s that the site thinks are needed"
@@ -149,7 +149,7 @@ def _short_grace(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found
         if not loaded.job.recovery.adapt_saves:
             remedy = "set checkpoint.every, or recovery.adapt_saves = true"
     key = f"site.partitions.{plan.partition}.preemption.grace"
-    yield "warning", _problem(loaded, key, what, remedy, format_duration(grace))
+    yield "warning", _problem(loaded, key, what, remedy, format_duration(room_s))
 
 
 def _preemption_contract(loaded: Loaded, plan: Plan, measured: Measured | None) -> Found:

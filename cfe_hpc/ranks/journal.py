@@ -19,6 +19,7 @@ from cfe_hpc.ranks.stopping import hold
 from cfe_hpc.ranks.timer import StopTimer, allocated_s
 from cfe_hpc.recovery import fencing, lead, ledger
 from cfe_hpc.recovery.causes import Cause
+from cfe_hpc.recovery.contract import time_to_save_s
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
@@ -42,7 +43,8 @@ class Journal:
 
     def __init__(self, folder: RunFolder, spec: RunSpec, facts: RankFacts, exporter: Exporter) -> None:
         self._folder, self._facts, self._exporter = folder, facts, exporter
-        self._plan, self._adapts = spec.plan, spec.job.recovery.adapt_saves
+        self._time_to_save_s = time_to_save_s(spec.plan, spec.site)
+        self._adapts = spec.job.recovery.adapt_saves
         self._every_steps = spec.job.metrics.every_steps
         self._speaks = facts.rank == 0
         self._pending: dict[str, Any] = {}
@@ -88,13 +90,13 @@ class Journal:
         measured = self._seen.measured()
         if measured is None:
             return
-        need_s, grace_s = lead.need_s(measured), self._plan.preemption.grace
+        need_s, room_s = lead.need_s(measured), self._time_to_save_s
         self._timer.need(need_s)
-        if not self._plan.preemption.ends_attempts or need_s <= grace_s:
+        if room_s is None or need_s <= room_s:
             return
         if not self._grace_told:
             self._grace_told = True
-            detail = f"a step and a save take {need_s:.1f} s (p95), a preemption leaves {grace_s:g} s"
+            detail = f"a step and a save take {need_s:.1f} s (p95), a preemption leaves {room_s:g} s"
             logger.warning("grace_too_short: %s", detail)
             self.event("degraded", reason="grace_too_short", detail=detail)
         if self._adapts:

@@ -14,7 +14,7 @@ from cfe_hpc.config.site import Site
 from cfe_hpc.recovery.measured import Measured, need_s
 from cfe_hpc.units import format_duration, format_seconds
 
-__all__ = ["exit_in_grace", "fits", "sentence"]
+__all__ = ["exit_in_grace", "fits", "sentence", "time_to_save_s"]
 
 _REQUEUED_SINCE = (24, 5)
 _BATCH_REQUEUES = 5
@@ -33,12 +33,19 @@ def exit_in_grace(version: str | None) -> Literal["lost", "requeued", "unknown"]
     return "requeued" if (int(match[1]), int(match[2])) >= _REQUEUED_SINCE else "lost"
 
 
-def fits(plan: Plan, measured: Measured | None) -> bool | None:
-    """Whether a step and a save fit the grace of a preemption; None where no attempt is ended by one, or nothing has
-    been measured."""
-    if measured is None or not plan.preemption.ends_attempts:
-        return None
-    return need_s(measured) <= plan.preemption.grace
+def time_to_save_s(plan: Plan, site: Site) -> float | None:
+    """Seconds from the signal of a preemption to the kill; None where no attempt is ended by one.
+
+    Without a grace time that is KillWait: Slurm then requeues or cancels at once, and its processes get TERM first.
+    """
+    return (plan.preemption.grace or site.slurm.kill_wait) if plan.preemption.ends_attempts else None
+
+
+def fits(plan: Plan, site: Site, measured: Measured | None) -> bool | None:
+    """Whether a step and a save fit in the time that a preemption leaves; None where no attempt is ended by one, or
+    nothing has been measured."""
+    room_s = time_to_save_s(plan, site)
+    return None if measured is None or room_s is None else need_s(measured) <= room_s
 
 
 def sentence(plan: Plan, site: Site, measured: Measured | None) -> str:
@@ -49,17 +56,15 @@ def sentence(plan: Plan, site: Site, measured: Measured | None) -> str:
     if preemption.mode == "suspend":
         return "suspend: Slurm stops the ranks and lets them go on later; nothing has to be saved"
     name = plan.signal if preemption.user_signal else "TERM"
-    if preemption.grace == 0:
-        told = f"{preemption.mode}: {name} and the kill at once, nothing can be saved; "
-    else:
-        told = f"{preemption.mode}: {name}, {format_duration(preemption.grace)} to save; "
+    room = format_duration(time_to_save_s(plan, site) or 0.0)
+    told = f"{preemption.mode}: {name}, {room}{'' if preemption.grace else ' (KillWait)'} to save; "
     if site.scheduler == "local":
         then = "all ranks save, the next attempt follows"
     elif preemption.mode == "cancel":
         then = "Slurm cancels the job, a successor goes on in the same run folder"
     else:
         then = f"{_exit(site)}, so all ranks save and the run requeues itself"
-    return told + then + _room(plan, measured)
+    return told + then + _room(plan, site, measured)
 
 
 def _exit(site: Site) -> str:
@@ -72,8 +77,8 @@ def _exit(site: Site) -> str:
     return "Slurm may forget a job that exits then (slurm.version is not set)"
 
 
-def _room(plan: Plan, measured: Measured | None) -> str:
-    fit = fits(plan, measured)
+def _room(plan: Plan, site: Site, measured: Measured | None) -> str:
+    fit = fits(plan, site, measured)
     if measured is None or fit is None:
         return "; how long a save takes is not known yet"
     verdict = "fits" if fit else "does not fit"
