@@ -87,7 +87,10 @@ def test_rank_zero_alone_needs_nobody():
 
 
 SILENT_ONCE = """#!/bin/sh
-if mkdir "$0.asked" 2>/dev/null; then echo 'slurm_load_node error: Socket timed out on send/recv operation' >&2; exit 1; fi
+if mkdir "$0.asked" 2>/dev/null; then
+  echo 'slurm_load_node error: Socket timed out on send/recv operation' >&2
+  exit 1
+fi
 echo NodeName=nowhere-1 NodeAddr=10.0.0.7 State=IDLE
 """
 UNKNOWN = "#!/bin/sh\necho 'Node nowhere-1 not found' >&2; exit 1\n"
@@ -107,7 +110,7 @@ def test_a_controller_that_gives_no_answer_is_asked_again(tmp_path, monkeypatch)
 def test_a_node_that_nobody_knows_and_a_controller_that_stays_silent_are_errors(tmp_path, monkeypatch):
     scontrol(tmp_path, monkeypatch, UNKNOWN)
     with pytest.raises(CfeError, match="not found"):
-        reachable_address("nowhere-1")
+        reachable_address("nowhere-1", patience_s=60.0)
     scontrol(tmp_path, monkeypatch, SILENT_ONCE)
     with pytest.raises(CfeError, match="Socket timed out"):
         reachable_address("nowhere-1", patience_s=0.0)
