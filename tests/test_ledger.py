@@ -49,7 +49,7 @@ def used(summary: Summary) -> dict[str, float]:
 
 
 def test_a_preemption_between_two_attempts(tmp_path: Path) -> None:
-    """Attempt 0 has its nodes from 10 to 40, attempt 1 from 60 to 90; nothing is lost."""
+    """Attempt 0 has its nodes from 10 to 34, when it is requeued, attempt 1 from 60 to 90; nothing is lost."""
     events: Events = [
         {"event": "submitted", "time": stamp(0)},
         started(0, 14, allocated=10),
@@ -71,16 +71,16 @@ def test_a_preemption_between_two_attempts(tmp_path: Path) -> None:
     ended(folder, 1, 90)
     summary = summarise(folder)
     assert used(summary) == {
-        "queue": 30.0,
+        "queue": 36.0,
         "startup": 4.0 + 5.0,
         "restore": 2.0,
         "steps": 29.0,
         "checkpoint": 2.0 + 3.0 + 2.0,
         "evaluation": 1.0,
         "data": 1.0,
-        "shutdown": 7.0 + 4.0,
+        "shutdown": 1.0 + 4.0,
     }
-    assert (summary.goodput, summary.lost_steps) == (round(29 / 60, 4), 0)
+    assert (summary.goodput, summary.lost_steps) == (round(29 / 54, 4), 0)
 
 
 def test_steps_done_twice_and_what_came_after_the_last_line_are_lost(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_steps_done_twice_and_what_came_after_the_last_line_are_lost(tmp_path: P
     folder = write_run(tmp_path, events, beats)
     ended(folder, 0, 28)
     assert used(summarise(folder)) == {
-        "queue": 12.0,
+        "queue": 14.0,
         "startup": 4.0,
         "restore": 1.0,
         "steps": 7.0 + 10.5 * 3 / 7 + 12.0,
         "lost": 10.5 * 4 / 7 + 5.0,
         "checkpoint": 0.5,
-        "shutdown": 3.0,
+        "shutdown": 1.0,
     }
     assert summarise(folder).lost_steps == 4
 
@@ -180,7 +180,22 @@ def test_an_attempt_that_was_stopped_before_its_first_step(tmp_path: Path) -> No
     ]
     folder = write_run(tmp_path, events, [])
     ended(folder, 0, 12)
-    assert used(summarise(folder)) == {"startup": 6.0, "restore": 2.0, "shutdown": 4.0}
+    assert used(summarise(folder)) == {"startup": 6.0, "restore": 2.0, "shutdown": 1.0}
+    events[0]["detail"]["job_id"] = "local-77"  # its supervisor has it until its ranks have ended
+    assert used(summarise(write_run(tmp_path, events, []))) == {"startup": 6.0, "restore": 2.0, "shutdown": 4.0}
+
+
+def test_an_attempt_whose_requeue_failed_has_its_nodes_until_it_ends(tmp_path: Path) -> None:
+    events: Events = [
+        started(0, 2, allocated=0),
+        said("signal", 0, 12, step=10),
+        said("checkpoint_saved", 0, 13, step=10, seconds=1.0),
+        said("requeued", 0, 13, step=10, reason="preempted"),
+        said("held", 0, 33, step=10, reason="saved, but the requeue failed"),
+    ]
+    folder = write_run(tmp_path, events, [line(0, 10, 12, startup=2.0, step=10.0)])
+    ended(folder, 0, 35)
+    assert used(summarise(folder)) == {"startup": 2.0, "steps": 10.0, "checkpoint": 1.0, "shutdown": 22.0}
 
 
 def test_what_a_later_attempt_tells_of_an_earlier_one_does_not_lengthen_it(tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ def test_the_report_in_markdown(folder: RunFolder, capsys: pytest.CaptureFixture
     assert main(["report", folder.run_id]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"# {folder.run_id}\n\n- state: COMPLETED\n- job: 41\n- steps: 9 of 100, lost: 3\n")
-    assert "| 0 |  | 22.0 | 0 to 8 | 3 | data error | ValueError: a\\|b c |" in text
-    assert "| 1 |  | 15.0 | 5 to 9 | 0 | preemption |  |" in text
+    assert "| 0 |  | 21.0 | 0 to 8 | 3 | data error | ValueError: a\\|b c |" in text
+    assert "| 1 |  | 13.0 | 5 to 9 | 0 | preemption |  |" in text
     assert "|  | queue | startup | restore | steps | lost | checkpoint | shutdown |" in text
-    assert "| attempt 0 |  | 2.0 | 0.0 | 5.0 | 13.0 | 0.0 | 2.0 |" in text
+    assert "| attempt 0 |  | 2.0 | 0.0 | 5.0 | 13.0 | 0.0 | 1.0 |" in text
     assert "| of allocated |  | 10.8% | 2.7% | 32.4% | 35.1% | 5.4% | 13.5% |" in text
     assert "- save, p95: 2 s; training waited 0.5 s of them" in text
     assert "| 1 | degraded |  |  | fewer_nodes: nodes 1 |" in text
@@ -65,7 +65,7 @@ def test_the_report_as_json(folder: RunFolder, capsys: pytest.CaptureFixture[str
     assert first == second
     assert (first["run_id"], first["state"], first["goodput"]) == (folder.run_id, "COMPLETED", 0.3243)
     assert [attempt["ended_by"] for attempt in first["attempts"]] == ["data", "preempted"]
-    assert [sum(attempt["buckets"].values()) for attempt in first["attempts"]] == [22.0, 15.0]
+    assert [sum(attempt["buckets"].values()) for attempt in first["attempts"]] == [21.0, 13.0]
     assert [event["event"] for event in first["events"]] == ["failed", "degraded"]
 
 

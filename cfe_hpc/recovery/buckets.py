@@ -189,12 +189,24 @@ def split(parts: Sequence[Part], *, completing_s: float | None = None) -> None:
         if restarted and before is not None:
             part.began_s = before.ended_s
         newest = index == len(parts) - 1
-        ends_s = (part.last_sign_s, part.attempt.ended_s, completing_s if newest else None)
-        part.ended_s = max((end_s for end_s in ends_s if end_s is not None), default=None)
+        part.ended_s = _ended_s(part, completing_s if newest else None)
         if part.began_s is not None and part.ended_s is not None:
             part.ended_s = max(part.began_s, part.ended_s)
             _split(part, completing=newest and completing_s is not None, newest=newest)
         before = part
+
+
+def _ended_s(part: Part, completing_s: float | None) -> float | None:
+    """When the scheduler took its nodes back, as far as anybody knows.
+
+    Slurm ends an allocation with the requeue, and counts nothing of what the processes do until they are gone.
+    """
+    requeued_s = max((said_s for said_s, event in part.events if event.get("event") == "requeued"), default=None)
+    supervised = (part.attempt.job_id or "").startswith("local-") and part.attempt.ended_s is not None
+    if requeued_s is not None and not supervised and part.attempt.ended_by != "held":
+        return max(requeued_s, part.last_beat_s or 0.0)
+    ends_s = (part.last_sign_s, part.attempt.ended_s, completing_s)
+    return max((end_s for end_s in ends_s if end_s is not None), default=None)
 
 
 def _split(part: Part, *, completing: bool, newest: bool) -> None:
