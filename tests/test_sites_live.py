@@ -325,26 +325,32 @@ def test_a_run_survives_where_qos_decide_and_jobs_are_not_requeued_unless_they_a
         cluster.run(*sacctmgr, "add", "qos", "scavenger", "set", "preemptmode=requeue", "gracetime=20")
         cluster.run(*sacctmgr, "add", "qos", "high", "set", "preempt=scavenger,normal")
         cluster.run(*sacctmgr, "modify", "user", "root", "set", "qos+=scavenger,high")
-        done = cfe("sites", "detect", "--output", "found.toml", cwd=tmp_path, env=cluster.env)
-        assert done.returncode == 0, done.stderr
-        found = tmp_path / "found.toml"
-        found.write_text(found.read_text().replace('"cuda"', '"cpu"').replace('"~/cfe_runs"', '"runs"'))
-        assert cfe("sites", "check", "found.toml", cwd=tmp_path, env=cluster.env).returncode == 0
-        site, _ = load_site(str(found), {})
-        assert site.qos["scavenger"].preemption == Preemption(mode="requeue", grace=20.0)
-        assert site.slurm.job_requeue is False
-        stage = Stage(cluster, tmp_path)
-        resources = {"devices_per_node": 1, "cpus_per_device": 8, "partition": "gpu", "qos": "scavenger"}
-        run = stage.submit("gpu", site=str(found), resources=resources)
-        run.wait_step(4, attempt=0)
-        node = cluster.job(run.job_id)["NodeList"]
-        wanted = ("-p", "gpu", "--qos=high", "-w", node, "--exclusive", "--mem=0", "-o", "/dev/null")
-        preemptor = cluster.sbatch(*wanted, "--wrap", "sleep 600")
-        cluster.wait_for_restart(run.job_id, 1)
-        cluster.scancel(preemptor)
-        cluster.wait_for_end(preemptor)
-        cluster.resume(run.job_id)
-        assert_counted(run, attempts=2)
-        assert reasons(run) == ["preempted"]
+        _survives(Stage(cluster, tmp_path / "grace"), grace_s=20.0, reason="preempted")
+        cluster.run(*sacctmgr, "modify", "qos", "scavenger", "set", "gracetime=0")
+        # The job is back in the queue while its processes still have KillWait.
+        _survives(Stage(cluster, tmp_path / "none"), grace_s=0.0, reason="requeued_already")
     finally:
         cluster.stop()
+
+
+def _survives(stage: Stage, *, grace_s: float, reason: str) -> None:
+    """A run with the profile that `detect` writes loses no step to a preemption by its QOS."""
+    cluster, found = stage.cluster, stage.folder / "found.toml"
+    stage.cfe("sites", "detect", "--output", "found.toml")
+    found.write_text(found.read_text().replace('"cuda"', '"cpu"').replace('"~/cfe_runs"', '"runs"'))
+    stage.cfe("sites", "check", "found.toml")
+    site, _ = load_site(str(found), {})
+    assert site.qos["scavenger"].preemption == Preemption(mode="requeue", grace=grace_s)
+    assert site.slurm.job_requeue is False
+    resources = {"devices_per_node": 1, "cpus_per_device": 8, "partition": "gpu", "qos": "scavenger"}
+    run = stage.submit("gpu", site=str(found), resources=resources)
+    run.wait_step(4, attempt=0)
+    node = cluster.job(run.job_id)["NodeList"]
+    wanted = ("-p", "gpu", "--qos=high", "-w", node, "--exclusive", "--mem=0", "-o", "/dev/null")
+    preemptor = cluster.sbatch(*wanted, "--wrap", "sleep 600")
+    cluster.wait_for_restart(run.job_id, 1)
+    cluster.scancel(preemptor)
+    cluster.wait_for_end(preemptor)
+    cluster.resume(run.job_id)
+    assert_counted(run, attempts=2)
+    assert reasons(run) == [reason]
