@@ -64,6 +64,19 @@ def test_taken_ports_are_walked_past():
             stranger.close()
 
 
+def test_ports_are_kept_for_their_servers_from_then_on():
+    """Two clusters may give one machine the same job id: who comes second walks on, however late the servers start."""
+    ours = meet(facts(0, 1, job_id="twin"), token="one", control_ports=2)
+    theirs = meet(facts(0, 1, job_id="twin"), token="two")
+    mine = {ours.master_port, ours.control_port, ours.control_port + 1}
+    assert not {theirs.master_port, theirs.control_port} & mine
+    for port in mine:
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", port))
+            server.listen()
+
+
 def test_two_runs_under_one_job_id_do_not_meet():
     """A stranger's rank 0 on the port answers nobody without the run's own token."""
     first, second = [facts(rank, 2, job_id="shared") for rank in range(2)], facts(1, 2, job_id="shared")

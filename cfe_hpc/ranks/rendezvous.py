@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -42,8 +43,8 @@ class Meeting:
 
     Attributes:
         address: of rank 0's node, as the other nodes reach it.
-        master_port: free on rank 0's node when it looked: torch.distributed's.
-        control_port: free too: the control plane's.
+        master_port: kept free on rank 0's node, by the process that called `meet` there: torch.distributed's.
+        control_port: kept free too: the control plane's.
     """
 
     address: str
@@ -126,13 +127,30 @@ def _bind(port: int) -> socket.socket | None:
     return listener
 
 
+def _keep(port: int) -> int | None:
+    """Keep a port from strangers for as long as this process lives; None when it is taken.
+
+    Seconds pass until its server starts, half a minute under a launcher. That server gets it all the same: like all
+    that must be able to start again it sets SO_REUSEADDR, and so does this socket, once it is bound; it never listens.
+    """
+    keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        keeper.bind(("", port))
+    except OSError:
+        keeper.close()
+        return None
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return keeper.detach()
+
+
 def _free_port(facts: RankFacts, purpose: str, count: int = 1) -> int:
     for port in candidate_ports(facts.job_id, facts.attempt, purpose):
-        listeners = [_bind(port + k) for k in range(count)]
-        for listener in filter(None, listeners):
-            listener.close()
-        if all(listeners):
+        kept = [_keep(port + k) for k in range(count)]
+        if None not in kept:
             return port
+        for fd in kept:
+            if fd is not None:
+                os.close(fd)
     raise CfeError(f"none of {_CANDIDATES} ports for the {purpose} connection is free on this node; requeue the run")
 
 
