@@ -123,6 +123,7 @@ def test_the_job_that_exports_asks_for_no_device(tmp_path: Path) -> None:
 
 def test_a_successor_brings_its_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.create(tmp_path, "demo")
+    run_spec(run_id=folder.run_id).write(folder.run_toml)
     (folder.path / successor.PICKLES).mkdir()
     (folder.path / successor.PICKLES / successor.TASK_PICKLE).touch()
     sent: list[list[str]] = []
