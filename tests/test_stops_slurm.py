@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Cluster
 from spine.harness import ROOT, SMALL, site_file
-from spine.stage import STEPS, Stage, assert_counted, ended, rank_pids, reasons
+from spine.stage import STEPS, TOTAL, Stage, assert_counted, ended, rank_pids, reasons
 
 from cfe_hpc.files import read_toml
 
@@ -264,8 +264,9 @@ def test_stop(outcomes: dict[str, Future[None]], name: str) -> None:
 
 @pytest.fixture(scope="module")
 def user_signal_cluster() -> Iterator[Cluster]:
-    """A cluster that preempts with the job's own signal instead of TERM, and whose controller may be hurt."""
-    cluster = Cluster.start("--nodes", "2", "--gaudi-nodes", "1", "--user-signal")
+    """A cluster that preempts with the job's own signal instead of TERM, kills what takes too much memory, and whose
+    controller may be hurt."""
+    cluster = Cluster.start("--nodes", "2", "--gaudi-nodes", "1", "--user-signal", "--memory-limits")
     try:
         yield cluster
     finally:
@@ -280,6 +281,25 @@ def test_a_preemption_with_the_users_signal_is_a_preemption(user_signal_cluster:
     assert_counted(run, attempts=2)
     assert reasons(run) == ["preempted"]
     assert run.events("signal")[0]["reason"] == "SIGUSR2"
+
+
+def test_a_rank_that_takes_more_than_its_job_asked_for_is_out_of_memory(
+    user_signal_cluster: Cluster, tmp_path: Path
+) -> None:
+    stage = Stage(user_signal_cluster, tmp_path)
+    resources = {"devices_per_node": 1, "cpus_per_device": 8, "memory": "1GiB", "partition": "gpu", "nodes": 2}
+    params = {"steps": STEPS, "state_bytes": 1 << 20, "pause_s": 0.1}
+    run = stage.submit(
+        "gpu", entry="entries_chaos:bulky", resources=resources, checkpoint={"every_steps": 5}, params=params
+    )
+    (run.folder.path / "chaos").mkdir()
+    run.wait_step(7, attempt=0)
+    (run.folder.path / "chaos" / "memory.1").touch()
+    stage.requeued(run, 1)
+    result = run.wait_result()
+    assert (result["state"], result["attempts"], result["metrics"]["total"]) == ("COMPLETED", 2, TOTAL), run.diagnosis()
+    assert result["lost_steps"] <= 5
+    assert reasons(run) == ["oom_host"], run.diagnosis()
 
 
 def test_a_stop_waits_for_a_controller_that_gives_no_answer(user_signal_cluster: Cluster, tmp_path: Path) -> None:
