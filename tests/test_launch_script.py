@@ -79,6 +79,27 @@ def test_no_time_limit_and_no_memory_are_left_to_the_site(tmp_path: Path) -> Non
         assert f"#SBATCH {option}" not in text
 
 
+def head_and_srun(text: str) -> tuple[set[str], str]:
+    """The directives about nodes, tasks and cores; and srun's words about them."""
+    words = ("--nodes", "--ntasks", "--cpus")
+    head = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    (srun,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    return {option for option in head if option.startswith(words)}, srun[srun.index("--ntasks") : srun.index(" sh -c")]
+
+
+def test_a_launcher_is_one_task_with_all_cores_of_a_nodes_ranks(tmp_path: Path) -> None:
+    head, srun = head_and_srun(script(slurm_spec(tmp_path, launcher="torchrun", tasks_per_node=1)))
+    assert head == {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=12"}
+    assert srun == '--ntasks="$((SLURM_JOB_NUM_NODES * 1))" --ntasks-per-node=1 --cpus-per-task=12'
+
+
+def test_an_elastic_job_asks_for_cores_and_starts_its_ranks_on_what_it_got(tmp_path: Path) -> None:
+    head, srun = head_and_srun(script(slurm_spec(tmp_path, nodes_min=1)))
+    assert head == {"--nodes=1-2", "--cpus-per-task=12"}
+    assert srun == '--ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3'
+    assert head_and_srun(script(slurm_spec(tmp_path, nodes_min=2))) == head_and_srun(script(slurm_spec(tmp_path)))
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_variables_and_paths_reach_the_shell_unchanged(tmp_path: Path, text: str) -> None:
     folder = RunFolder(tmp_path / text / "run")

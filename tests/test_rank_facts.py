@@ -57,6 +57,16 @@ def test_the_supervisor_wins_over_an_allocation_around_it():
     )
 
 
+def test_a_rank_that_a_launcher_started_knows_its_scheduler_hosts_and_restart():
+    place = {"CFE_RANK": "5", "CFE_LOCAL_RANK": "1", "CFE_WORLD_SIZE": "8", "CFE_LOCAL_WORLD_SIZE": "4"}
+    place |= {"CFE_NODE_RANK": "1", "CFE_NUM_NODES": "2", "CFE_ATTEMPT": "3", "CFE_JOB_ID": "812"}
+    place |= {"CFE_SCHEDULER": "slurm", "CFE_HOSTS": "n1,n2", "CFE_RESTART": "1"}
+    # SLURM_PROCID and the others are the agent's.
+    facts = read_facts({**SRUN, **place})
+    assert (facts.scheduler, facts.hosts, facts.restart) == ("slurm", ("n1", "n2"), 1)
+    assert (facts.rank, facts.local_rank, facts.node_rank, facts.attempt, facts.job_id) == (5, 1, 1, 3, "812")
+
+
 def test_torchrun_is_understood():
     facts = read_facts(
         {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
