@@ -47,7 +47,7 @@ Event = Literal[
 EVENTS: tuple[str, ...] = Event.__args__  # type: ignore[attr-defined]
 
 _NUM_SPARES = 6
-"""An attempt may need two, for why it ends and what follows, and a run's end three more."""
+"""An attempt may need three, for why it ends, that it has and what follows, and a run's end three more."""
 
 _SPARE_BYTES = 8192
 """More than a result.json takes, with room for some hundred metrics."""

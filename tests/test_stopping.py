@@ -20,6 +20,7 @@ from cfe_hpc.launch.jobs import unused_attempt
 from cfe_hpc.ranks import stopping
 from cfe_hpc.ranks.bootstrap import Place
 from cfe_hpc.ranks.env import read_facts
+from cfe_hpc.ranks.epilogue import close_failed_attempt
 from cfe_hpc.ranks.rendezvous import Meeting
 from cfe_hpc.ranks.run import Run
 from cfe_hpc.ranks.scheduler import Cause, JobRecord
@@ -199,6 +200,30 @@ def test_a_path_that_looks_like_a_field_changes_no_record() -> None:
     shown = "JobState=RUNNING PreemptTime=None Restarts=1 WorkDir=/data/a Restarts=9 PreemptTime=2026-01-01T00:00:00/x"
     record = JobRecord.parse(shown)
     assert (record.restarts, record.preempt_time) == (1, None)
+
+
+def test_an_attempt_fails_of_what_came_after_the_last_restart_inside_it(folder: RunFolder) -> None:
+    folder.append_event("started", attempt=0, detail={"total_steps": 9})
+    folder.append_event("checkpoint_saved", attempt=0, step=5)
+    folder.append_event("failed", attempt=0, rank=0, cause="configuration", reason="ImportError: for a moment")
+    folder.append_event("started", attempt=0, detail={"total_steps": 9, "restart": 1})
+    folder.append_event("failed", attempt=0, rank=1, cause="hang", reason="no step for 9 s")
+    assert close_failed_attempt(folder, attempt=0, status=1)
+    (requeued,) = events(folder, "requeued")
+    assert requeued["reason"] == "hang"
+
+
+def test_a_hold_tells_the_line_of_the_log_that_says_why(folder: RunFolder) -> None:
+    (folder.logs / "41.0.3.err").write_text("OSError: [Errno 28] No space left on device: '/x'\nbye\n")
+    folder.append_event(
+        "failed", attempt=0, rank=3, cause="disk_full", reason="RuntimeError: the index was not written"
+    )
+    assert not close_failed_attempt(folder, attempt=0, status=1)
+    (held,) = events(folder, "held")
+    line = "OSError: [Errno 28] No space left on device: '/x'"
+    assert (held["cause"], held["detail"]) == ("disk_full", {"log": "logs/41.0.3.err", "line": line})
+    why = "full disk number 1; the job allows 0 (recovery.disk_fulls): RuntimeError: the index was not written"
+    assert (folder.result() or {})["reason"] == held["reason"] == f"{why}; logs/41.0.3.err: {line}"
 
 
 def test_the_batch_script_holds_what_the_ranks_had_no_time_to_hold(folder: RunFolder) -> None:

@@ -63,17 +63,21 @@ def close_failed_attempt(
     if decision.action == "requeue":
         folder.note_event("requeued", attempt=attempt, reason=cause, detail=decision.why)
         return promise_next(folder, attempt=attempt, reason=cause)
-    why = decision.why
-    if decision.action == "hold":
-        shown = None
-        if fault is not None and fault.line is not None:
-            shown = {"log": fault.log, "line": fault.line}
-            said_already = fault.line.removeprefix("error: ") in why
-            why += "" if said_already else f"; {fault.log}: {fault.line}"
-        hold(folder, attempt=attempt, step=None, why=why, cause=cause, detail=shown)
+    why = decision.why if decision.action == "fail" else _hold(folder, attempt, cause, decision.why, fault)
     state: Literal["HELD", "FAILED"] = "HELD" if decision.action == "hold" else "FAILED"
     write_result(folder, state, attempts=attempt + 1, reason=why)
     return False
+
+
+def _hold(folder: RunFolder, attempt: int, cause: Cause, why: str, fault: Fault | None) -> str:
+    """Hold the run, with the line of the log that says why; the reason in full."""
+    detail = None
+    if fault is not None and fault.line is not None:
+        detail = {"log": fault.log, "line": fault.line}
+        if fault.line.removeprefix("error: ") not in why:
+            why = f"{why}; {fault.log}: {fault.line}"
+    hold(folder, attempt=attempt, step=None, why=why, cause=cause, detail=detail)
+    return why
 
 
 def _tell(folder: RunFolder, attempt: int, fault: Fault) -> None:
