@@ -80,9 +80,9 @@ def pushgateway() -> Iterator[Pushgateway]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    process = subprocess.Popen(
-        [program, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # Debian's keeps what it got in one file for all, and begins with it.
+    argv = [program, f"--web.listen-address={address}", "--persistence.file="]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         gateway = Pushgateway(f"http://{address}", process)
         _wait_until_ready(gateway)

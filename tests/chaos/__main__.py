@@ -95,7 +95,7 @@ def _pushgateway() -> Iterator[tuple[int, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    argv = ["prometheus-pushgateway", f"--web.listen-address={address}"]
+    argv = ["prometheus-pushgateway", f"--web.listen-address={address}", "--persistence.file="]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process.pid, f"http://{address}"
