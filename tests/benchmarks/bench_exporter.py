@@ -45,7 +45,9 @@ def gateway_up() -> Iterator[str]:
         raise SystemExit("prometheus-pushgateway is not installed")
     address = f"127.0.0.1:{free_port()}"
     process = subprocess.Popen(
-        [program, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [program, f"--web.listen-address={address}", "--persistence.file="],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(200):
