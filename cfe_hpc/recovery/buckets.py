@@ -116,8 +116,9 @@ def gather(
     of: dict[int, list[tuple[Part, int]]] = {}
     for part in parts:
         of.setdefault(part.attempt.number, []).extend((part, index) for index in range(len(part.legs)))
+    follows_s = _follows(parts)
     for event in events:
-        _take_event(parts, of, event)
+        _take_event(of, follows_s, event)
     for beat in heartbeats:
         _take_beat(of, beat)
     lowest: int | None = None
@@ -127,7 +128,21 @@ def gather(
     return parts
 
 
-def _take_event(parts: Sequence[Part], of: Mapping[int, list[tuple[Part, int]]], event: Mapping[str, Any]) -> None:
+def _follows(parts: Sequence[Part]) -> dict[int, float | None]:
+    """When the attempt after each one began; None where nothing tells."""
+    firsts: dict[int, Attempt] = {}
+    for part in parts:
+        firsts.setdefault(part.attempt.number, part.attempt)
+    after = [*list(firsts.values())[1:], None]
+    return {
+        number: None if attempt is None else attempt.allocated_s or attempt.started_s
+        for number, attempt in zip(firsts, after, strict=True)
+    }
+
+
+def _take_event(
+    of: Mapping[int, list[tuple[Part, int]]], follows_s: Mapping[int, float | None], event: Mapping[str, Any]
+) -> None:
     number, said_s, step = event.get("attempt"), epoch_s(event.get("time")), event.get("step")
     if not isinstance(number, int) or number not in of:
         return
@@ -135,11 +150,8 @@ def _take_event(parts: Sequence[Part], of: Mapping[int, list[tuple[Part, int]]],
     if isinstance(step, int):
         leg = part.legs[index]
         leg.last_step = max(leg.last_step, step)
-    if said_s is None:
-        return
-    after = next((other.attempt for other in parts if other.attempt.number > number), None)
-    follows_s = None if after is None else after.allocated_s or after.started_s
-    if follows_s is None or said_s < follows_s:  # a later attempt may tell how this one ended
+    next_s = follows_s[number]
+    if said_s is not None and (next_s is None or said_s < next_s):  # a later attempt may tell how this one ended
         part.events.append((said_s, event))
 
 
