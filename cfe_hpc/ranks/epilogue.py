@@ -17,6 +17,7 @@ from typing import Literal
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
+from cfe_hpc.ranks.patience import insist
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold, promise_next
 from cfe_hpc.recovery.attempts import cause_of, read_attempts
@@ -112,7 +113,8 @@ def _conclude(folder: RunFolder, *, attempt: int, status: int, job_id: str) -> N
         write_result(folder, "HELD", attempts=attempt + 1, reason=str(held.get("reason", "")))
         return
     try:
-        record = show_job(job_id)
+        # To end without having asked would lose the run.
+        record = insist(lambda: show_job(job_id))
         if record.state != "RUNNING":
             return
         killed = oom_kills(job_id=job_id) or 0
@@ -140,7 +142,7 @@ def _request(folder: RunFolder, job_id: str, attempt: int) -> None:
     """Ask for the attempt that is promised; a run that cannot be requeued is held, lest it looks as if it waited."""
     plan = RunSpec.read(folder.run_toml).plan
     try:
-        ask_for_another(folder, plan, job_id, next_attempt=attempt + 1)
+        insist(lambda: ask_for_another(folder, plan, job_id, next_attempt=attempt + 1))
     except CfeError as error:
         why = f"another attempt is due, but the requeue failed: {error}"
         hold(folder, attempt=attempt, step=None, why=why)

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from cfe_hpc.errors import CfeError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.patience import PATIENCE_S, insist
 
 __all__ = ["Meeting", "candidate_ports", "meet", "reachable_address"]
 
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 _LOWEST, _HIGHEST = 20_000, 32_767
 _CANDIDATES = 16
 _REPLY_LIMIT_BYTES = 4096
-
-_NO_ANSWER = re.compile(r"no answer|contact slurm|timed out|connect", re.IGNORECASE)
-"""What is said of a controller that is there no more, or not yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +56,7 @@ def candidate_ports(job_id: str, attempt: int, purpose: str) -> Iterator[int]:
         yield _LOWEST + digest % (_HIGHEST - _LOWEST + 1)
 
 
-def reachable_address(host: str, *, patience_s: float = 120.0) -> str:
+def reachable_address(host: str, *, patience_s: float = PATIENCE_S) -> str:
     """`host`, or the address Slurm knows it by where the name resolves to nothing (node names need not be host names).
 
     Args:
@@ -73,17 +70,11 @@ def reachable_address(host: str, *, patience_s: float = 120.0) -> str:
         return host
     except socket.gaierror:
         pass
-    deadline_s = time.monotonic() + patience_s
-    while True:
-        try:
-            shown = run(["scontrol", "show", "node", host, "-o"], timeout_s=20).stdout
-            break
-        except CommandError as error:
-            if not _NO_ANSWER.search(str(error)) or time.monotonic() > deadline_s:
-                problem = f"node {host}: the name does not resolve, and Slurm gives no address ({error})"
-                raise CfeError(problem) from error
-            logger.warning("where is node %s? %s; asking again", host, error)
-            time.sleep(1.0)
+    argv = ["scontrol", "show", "node", host, "-o"]
+    try:
+        shown = insist(lambda: run(argv, timeout_s=20), patience_s=patience_s).stdout
+    except CommandError as error:
+        raise CfeError(f"node {host}: the name does not resolve, and Slurm gives no address ({error})") from error
     for word in shown.split():
         if word.startswith("NodeAddr="):
             return word.removeprefix("NodeAddr=")
