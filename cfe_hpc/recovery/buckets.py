@@ -133,11 +133,8 @@ def _follows(parts: Sequence[Part]) -> dict[int, float | None]:
     firsts: dict[int, Attempt] = {}
     for part in parts:
         firsts.setdefault(part.attempt.number, part.attempt)
-    after = [*list(firsts.values())[1:], None]
-    return {
-        number: None if attempt is None else attempt.allocated_s or attempt.started_s
-        for number, attempt in zip(firsts, after, strict=True)
-    }
+    began_s = [attempt.allocated_s or attempt.started_s for attempt in firsts.values()]
+    return dict(zip(firsts, [*began_s[1:], None], strict=False))
 
 
 def _take_event(
