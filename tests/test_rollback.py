@@ -108,6 +108,18 @@ def test_what_was_left_out_stays_out_in_the_next_attempt(submit: Submit) -> None
     assert len(run.events("rolled_back")) == 1
 
 
+def test_a_state_that_is_not_finite_is_not_saved_at_a_stop(submit: Submit) -> None:
+    """Nobody looks before: values are logged too seldom."""
+    params = {"steps": STEPS, "poisoned": [10], "stop_step": 6, "pause_s": 0.1}
+    run = submit(params=params, metrics={"every_steps": 100}, checkpoint={"every_steps": 4})
+    result = completed(run)
+    assert (result["metrics"]["total"], result["attempts"]) == (total_without(5), 2)
+    (failed,) = run.events("checkpoint_failed")
+    assert (failed["attempt"], failed["reason"]) == (0, "nan") and "loss is nan" in failed["detail"]
+    assert [event["step"] for event in run.events("resumed")] == [4]
+    assert [event["step"] for event in run.events("rolled_back")] == [4]
+
+
 ENGINES = {"torch": ("torch", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2), "zero3": ("deepspeed", 3)}
 
 

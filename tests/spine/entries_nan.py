@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,8 @@ def summing(run: Any) -> None:
     """Sum the numbers of all windows; those of `params.poisoned` are NaN, which the loss of the last rank shows.
 
     With `params.late` the loss of a step is that from before its update: what it spoils is seen one step later. With
-    `params.crash` the first attempt ends in the step after its first roll-back.
+    `params.crash` the first attempt ends in the step after its first roll-back, and with `params.stop_step` it is told
+    to stop in that one.
     """
     windows, done = Windows(batch=2), Sum()
     run.track(data=windows, done=done)
@@ -69,6 +72,8 @@ def summing(run: Any) -> None:
     for step in run.steps(run.params["steps"]):
         if step <= last and run.params.get("crash") and run.attempt == 0:
             raise ArithmeticError(f"step {step} comes again")
+        if step == run.params.get("stop_step") and run.attempt == 0:
+            os.kill(os.getppid(), signal.SIGTERM)  # the local supervisor
         last = step
         before = done.total
         batch = windows.next_batch()
