@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,7 +93,7 @@ def spec_of(tmp_path: Path, launcher: str, **plan: object) -> RunSpec:
 
 def words_of(spec: RunSpec, **environ: str) -> dict[str, str]:
     """The launcher's words by their names, those without a value with an empty one; all that follows as "rest"."""
-    words = launch_words(spec, agent_facts(), MEETING, environ)
+    words = launch_words(spec, agent_facts(), MEETING, environ, scratch=Path("/tmp/x"))
     cut = next(k for k, word in enumerate(words) if word in ("--no-python", "--no_python"))
     assert words[:2] == ["/py", "-m"]
     named = dict(word.partition("=")[::2] for word in words[2:cut])
@@ -111,6 +112,7 @@ def test_torchrun_is_told_the_place_and_leaves_its_ranks_as_long_as_the_site_may
         "--master-addr": "10.0.0.1",
         "--master-port": "29001",
         "--max-restarts": "2",
+        "--log-dir": "/tmp/x",
         "--shutdown-timeout": "171",
         "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
         "rest": "/py -u -m cfe_hpc.ranks.shim",
@@ -161,7 +163,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     fake.mkdir(parents=True)
     for package in (fake, fake.parent):
         (package / "__init__.py").touch()
-    (fake / "run.py").write_text(f'"""Knows "--shutdown-timeout"."""\n{TORCHRUN}')
+    (fake / "run.py").write_text(f'"""Knows "--shutdown-timeout", "--log-dir"."""\n{TORCHRUN}')
     running: list[subprocess.Popen[bytes]] = []
 
     def begin(program: str, **changes: object) -> tuple[RunFolder, subprocess.Popen[bytes]]:
@@ -215,6 +217,7 @@ def test_a_command_under_a_launcher_is_stopped_and_goes_on(start: Start) -> None
     assert (folder.result() or {})["state"] == "COMPLETED"
     assert [event["reason"] for event in events(folder, "requeued")] == ["preempted"]
     assert [event["detail"]["world_size"] for event in events(folder, "started")] == [4, 4]
+    assert not list(Path(tempfile.gettempdir()).glob("cfe-job-2026*"))
     # Each node has said how its launcher ended: well, for it has heard of nothing.
     notes = [json.loads(path.read_text()) for path in folder.control.glob("exit-0.*")]
     assert [(note["status"], note["signals"]) for note in notes] == [(0, ["SIGTERM"])] * 2

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from cfe_hpc import log
 from cfe_hpc.config.run import RunSpec
@@ -40,11 +45,22 @@ def run_agent(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
     log.configure(rank=facts.rank)
     meeting = meet(facts, token=spec.run_id, control_ports=spec.plan.restarts + 1)
     environment = {**os.environ, **_for_ranks(folder, spec, facts, meeting)}
-    argv = launch_words(spec, facts, meeting, os.environ)
-    logger.info("node %d of %d, attempt %d: %s", facts.rank, facts.num_nodes, facts.attempt, " ".join(argv))
-    if spec.job.command is not None:
-        return see_through(folder, spec, facts, argv, environment)
-    return exit_code(_attend(folder, spec, facts, Child(argv, environment, launcher=True)))
+    with _scratch(spec, facts) as scratch:
+        argv = launch_words(spec, facts, meeting, os.environ, scratch=scratch)
+        logger.info("node %d of %d, attempt %d: %s", facts.rank, facts.num_nodes, facts.attempt, " ".join(argv))
+        if spec.job.command is not None:
+            return see_through(folder, spec, facts, argv, environment)
+        return exit_code(_attend(folder, spec, facts, Child(argv, environment, launcher=True)))
+
+
+@contextmanager
+def _scratch(spec: RunSpec, facts: RankFacts) -> Iterator[Path]:
+    """A folder on this node that is gone at the end; what an attempt that was killed has left goes now."""
+    prefix = f"cfe-{spec.run_id}.node{facts.rank}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _for_ranks(folder: RunFolder, spec: RunSpec, facts: RankFacts, meeting: Meeting) -> dict[str, str]:

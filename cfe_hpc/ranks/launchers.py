@@ -31,25 +31,30 @@ def shutdown_timeout_s(spec: RunSpec) -> int:
     return math.ceil(max(plan.preemption.grace, plan.signal_lead_s) + spec.site.slurm.kill_wait + _SLACK_S)
 
 
-def launch_words(spec: RunSpec, facts: RankFacts, meeting: Meeting, environ: Mapping[str, str]) -> list[str]:
+def launch_words(
+    spec: RunSpec, facts: RankFacts, meeting: Meeting, environ: Mapping[str, str], *, scratch: Path
+) -> list[str]:
     """What starts this node's ranks: each becomes `cfe_hpc.ranks.shim`.
 
     Args:
         facts: the agent's: its rank is the node's, its world the nodes.
         environ: tells which devices this job has here.
+        scratch: folder on this node for what the launcher keeps beside its ranks' logs.
     """
-    python = spec.provenance.python
-    build = _torchrun if spec.plan.launcher == "torchrun" else _deepspeed
-    return [*build(spec, facts, meeting, environ), python, "-u", "-m", "cfe_hpc.ranks.shim"]
+    by_torchrun = spec.plan.launcher == "torchrun"
+    words = _torchrun(spec, facts, meeting, scratch) if by_torchrun else _deepspeed(spec, facts, meeting, environ)
+    return [*words, spec.provenance.python, "-u", "-m", "cfe_hpc.ranks.shim"]
 
 
-def _torchrun(spec: RunSpec, facts: RankFacts, meeting: Meeting, environ: Mapping[str, str]) -> list[str]:
+def _torchrun(spec: RunSpec, facts: RankFacts, meeting: Meeting, scratch: Path) -> list[str]:
     # Static, also with restarts: c10d would number the nodes by their addresses, and rank 0 might be anywhere.
     words = [spec.provenance.python, "-m", "torch.distributed.run"]
     words += [f"--nnodes={facts.num_nodes}", f"--nproc-per-node={spec.plan.devices_per_node}"]
     words += [f"--node-rank={facts.node_rank}", f"--master-addr={meeting.address}"]
     words += [f"--master-port={meeting.master_port}", f"--max-restarts={spec.plan.restarts}"]
-    wanted = {"--shutdown-timeout": str(shutdown_timeout_s(spec)), "--signals-to-handle": _HANDLED}
+    # Without a folder of its own it leaves one behind in /tmp, each time.
+    wanted = {"--log-dir": str(scratch), "--signals-to-handle": _HANDLED}
+    wanted["--shutdown-timeout"] = str(shutdown_timeout_s(spec))
     known = _torchrun_options()
     words += [f"{option}={value}" for option, value in wanted.items() if option in known]
     return [*words, "--no-python"]
