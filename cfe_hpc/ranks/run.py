@@ -288,16 +288,16 @@ class Run:
 
     def _boundary(self, total: int) -> None:
         self._watchdog.beat(self._done)
-        last, is_due = self._done == total, self._keeper.is_due(self._done)
-        look = last or is_due or self._done % self.spec.job.metrics.every_steps == 0
+        last = self._done == total
+        look = last or self._keeper.is_due(self._done) or self._done % self.spec.job.metrics.every_steps == 0
         bits, due_by_time, bad_step = self._agreement.reach(time_due=self._keeper.due_by_time(), look=look)
         if bits and not last:  # at the end, what is left to do is what a stop would do: save, and write it down
             self._stop(bits, self._done)
-        if due_by_time and not look:
-            bad_step = self._agreement.first_bad()
+        is_due = due_by_time or self._keeper.is_due(self._done)  # one in flight may have failed in that round
+        bad_step = self._agreement.first_bad() if is_due and not look else bad_step
         if bad_step is not None:
             self._go_back(bad_step)
-        elif not last and (is_due or due_by_time):
+        elif is_due and not last:
             with self._waiting("checkpoint"):
                 self._keeper.boundary(self._done, due_by_time=due_by_time)
 
