@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import MutableMapping
+import sys
+import threading
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from importlib import import_module
 
 from cfe_hpc import log
 from cfe_hpc.checkpoints.protocols import Group
@@ -67,9 +71,10 @@ def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str]
     """
     env = os.environ if environ is None else environ
     log.configure(rank=facts.rank)
-    meeting = _inherited(env) or meet(facts, token=spec.run_id)
-    env.update(rank_environment(facts, meeting, spec))
     device, reason, missing = _choose(facts, spec, env)
+    with _loading_torch(facts):
+        meeting = _inherited(env) or meet(facts, token=spec.run_id)
+    env.update(rank_environment(facts, meeting, spec))
     group = control.connect(facts, meeting)
     if missing is None:
         try:
@@ -87,6 +92,28 @@ def bootstrap(facts: RankFacts, spec: RunSpec, environ: MutableMapping[str, str]
         reason,
     )
     return Place(facts=facts, meeting=meeting, device=device, group=group, device_error=missing)
+
+
+@contextlib.contextmanager
+def _loading_torch(facts: RankFacts) -> Iterator[None]:
+    """Have torch loaded while the body runs, for a run of several ranks: it takes seconds, and the body waits.
+
+    The body must leave the environment alone: C code reads it meanwhile, without a lock.
+    """
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # told where it is needed
+            import_module("torch")
+
+    if facts.world_size == 1 or "torch" in sys.modules:
+        yield
+        return
+    thread = threading.Thread(target=load, name="cfe-load-torch")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _choose(facts: RankFacts, spec: RunSpec, env: MutableMapping[str, str]) -> tuple[Device, str, Exception | None]:
