@@ -12,7 +12,7 @@ from chaos.kinds import KINDS, Kind, kind
 
 __all__ = ["INTERVAL", "STEPS", "Fault", "RunPlan", "plan"]
 
-STEPS = 160
+STEPS = 240
 INTERVAL = 6
 """Steps from one save to the next."""
 

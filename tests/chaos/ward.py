@@ -23,7 +23,7 @@ __all__ = ["ACTS", "Delivered", "Surroundings", "Ward"]
 
 _PACE_S, _SLOW_S = 0.2, 1.0
 _PROGRESS_S, _REQUEUED_S = 120.0, 150.0
-_LOOK_S = 2.0
+_LOOK_S, _SILENT_S = 2.0, 5.0
 _STATE_BYTES = 2 << 20
 # A rank of the training alone takes half of it; what `memory` takes, twice.
 _MEMORY = "1500MiB"
@@ -151,12 +151,17 @@ class Ward:
 
     def _hurry(self) -> None:
         """Let an attempt begin that has sent itself back, off a node that is avoided."""
-        if time.monotonic() - self.looked_s < _LOOK_S or self.ended():
+        if time.monotonic() - self.looked_s < _LOOK_S or self.ended() or self._trains():
             return
         self.looked_s = time.monotonic()
         if self.cluster.state(self.run.job_id) == "PENDING":
             with contextlib.suppress(AssertionError):  # it has just begun
                 self.cluster.hurry(self.run.job_id)
+
+    def _trains(self) -> bool:
+        """Whether it has said so lately: then the controller, which may be paused, need not be asked."""
+        beats = self.run.folder.heartbeat_path
+        return beats.exists() and time.time() - beats.stat().st_mtime < _SILENT_S
 
     @staticmethod
     def _is_time(saved: list[int], beats: list[dict[str, Any]], after: int) -> bool:
