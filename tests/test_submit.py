@@ -132,7 +132,10 @@ def test_wait_ends_with_1_when_the_run_fails(cfe: Callable[..., Any], tmp_path: 
 def test_interrupting_the_wait_leaves_the_run_going(cfe: Callable[..., Any], tmp_path: Path) -> None:
     write_job(tmp_path, command=SLEEPS)
     argv = [sys.executable, "-m", "cfe_hpc", "submit", "job.toml", "--wait", "--json"]
+    # Whoever runs the tests in the background of a script has this signal ignored, and so would the process have it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         wait_until(lambda: list(tmp_path.glob("runs/job/*/control/job")))
         (run_dir,) = tmp_path.glob("runs/job/*")
