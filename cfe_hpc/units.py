@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them: "36h", "1h30m", "90" (seconds), "512GiB", "16G".
+"""Durations and sizes as people write them: "36h", "1h30m", "90" (seconds), "512GiB", "16G"; times as programs do.
 
 Sizes follow IEC where it is spelt (KiB, MiB …, powers of 1024) and SI otherwise (kB, MB, GB: powers of
 1000); a bare letter (K, M, G, T) is Slurm's, a power of 1024. Bare numbers are seconds and bytes.
@@ -7,8 +7,18 @@ Sizes follow IEC where it is spelt (KiB, MiB …, powers of 1024) and SI otherwi
 from __future__ import annotations
 
 import re
+from datetime import datetime
+from typing import Any
 
-__all__ = ["format_duration", "format_seconds", "format_size", "parse_duration_s", "parse_size_bytes", "slurm_time"]
+__all__ = [
+    "epoch_s",
+    "format_duration",
+    "format_seconds",
+    "format_size",
+    "parse_duration_s",
+    "parse_size_bytes",
+    "slurm_time",
+]
 
 _DURATION_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|[wdhms])", re.IGNORECASE | re.ASCII)
@@ -71,6 +81,17 @@ def slurm_time(seconds: float) -> str:
     days, rest = divmod(whole, 86_400)
     clock = f"{rest // 3_600:02d}:{rest % 3_600 // 60:02d}:{rest % 60:02d}"
     return f"{days}-{clock}" if days else clock
+
+
+def epoch_s(stamp: Any) -> float | None:
+    """Seconds since the epoch of an RFC 3339 time, or of Slurm's, which is this machine's local time.
+
+    None for anything else, such as Slurm's "Unknown" and "None".
+    """
+    try:
+        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
 
 
 def parse_size_bytes(text: str | int) -> int:

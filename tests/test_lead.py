@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_events import beat, stamp, write_run
 from run_specs import run_spec
-from test_recovery import beat, stamp, write_run
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Preemption
@@ -18,10 +18,11 @@ from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.scheduler import TIMER
 from cfe_hpc.ranks.timer import TIMER_BIT, StopTimer, names
 from cfe_hpc.recovery import lead
+from cfe_hpc.recovery.measured import Measured, need_s, save_interval_s, signal_lead_s
 from cfe_hpc.runfolder import RunFolder
 
 
-def measured(**changes: Any) -> lead.Measured:
+def measured(**changes: Any) -> Measured:
     facts: dict[str, Any] = {
         "step_p95_s": 2.0,
         "save_p95_s": 30.0,
@@ -29,18 +30,18 @@ def measured(**changes: Any) -> lead.Measured:
         "interruptions": 4,
         "trained_s": 14_400.0,
     }
-    return lead.Measured(**{**facts, **changes})
+    return Measured(**{**facts, **changes})
 
 
 def test_young_and_daly() -> None:
-    assert lead.save_interval_s(measured()) == 240.0  # sqrt(2 * 8 * 3600)
-    assert lead.save_interval_s(measured(interruptions=0)) == 480.0  # nothing happened yet: as if just now
-    assert lead.save_interval_s(measured(trained_s=40.0)) == 16.0  # half of the time at the most
+    assert save_interval_s(measured()) == 240.0  # sqrt(2 * 8 * 3600)
+    assert save_interval_s(measured(interruptions=0)) == 480.0  # nothing happened yet: as if just now
+    assert save_interval_s(measured(trained_s=40.0)) == 16.0  # half of the time at the most
 
 
 def test_what_a_stop_needs() -> None:
-    assert lead.need_s(measured()) == 32.0
-    assert lead.signal_lead_s(measured(step_p95_s=2.3)) == 93
+    assert need_s(measured()) == 32.0
+    assert signal_lead_s(measured(step_p95_s=2.3)) == 93
 
 
 def test_measured_is_the_95th_of_100(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_measured_is_the_95th_of_100(tmp_path: Path) -> None:
     events += [{"event": "checkpoint_saved", "attempt": 0, "step": 21, "detail": "brought from where it was complete"}]
     beats = [beat(0, n, 20, seconds=n / 10) for n in range(1, 101)]
     found = lead.measure(write_run(tmp_path, events, beats))
-    assert found == lead.Measured(step_p95_s=9.5, save_p95_s=19.0, blocked_p95_s=9.5, interruptions=0, trained_s=10.0)
+    assert found == Measured(step_p95_s=9.5, save_p95_s=19.0, blocked_p95_s=9.5, interruptions=0, trained_s=10.0)
 
 
 def test_saves_that_do_not_say_for_how_long_training_waited_made_it_wait_throughout(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cfe_hpc.recovery.attempts import epoch_s
-from cfe_hpc.units import format_seconds
+from cfe_hpc.units import epoch_s, format_seconds
 
 __all__ = ["Check", "Evidence", "checks", "times_s"]
 

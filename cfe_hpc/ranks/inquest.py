@@ -10,20 +10,21 @@ import logging
 import re
 from collections import deque
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.records import record
 from cfe_hpc.ranks.stopping import hold
-from cfe_hpc.recovery.attempts import Attempt, epoch_s, read_attempts
+from cfe_hpc.recovery.attempts import Attempt, read_attempts
 from cfe_hpc.recovery.budgets import decide
 from cfe_hpc.recovery.effects import carry_out
 from cfe_hpc.recovery.evidence import slurm_end
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 __all__ = ["dead_nodes", "examine"]
 
@@ -108,17 +109,10 @@ def dead_nodes(hosts: Sequence[str], *, since_s: float) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for line in shown.splitlines():
-        words = dict(word.split("=", 1) for word in reversed(line.split()) if "=" in word)
-        state, began_s = words.get("State", ""), _local_s(words.get("SlurmdStartTime"))
+        words = record(line)
+        state, began_s = words.get("State", ""), epoch_s(words.get("SlurmdStartTime"))
         if _DEAD.search(state):
             found[words.get("NodeName", "")] = f"it is {state}"
         elif began_s is not None and began_s > since_s:
             found[words.get("NodeName", "")] = f"its slurmd was started again at {words['SlurmdStartTime']}"
     return {node: why for node, why in found.items() if node in hosts}
-
-
-def _local_s(stamp: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(stamp or "").timestamp()
-    except ValueError:  # "None", "Unknown"
-        return None

@@ -20,6 +20,7 @@ from cfe_hpc.ranks.timer import StopTimer, allocated_s
 from cfe_hpc.recovery import fencing, lead, ledger
 from cfe_hpc.recovery.causes import Cause
 from cfe_hpc.recovery.contract import time_to_save_s
+from cfe_hpc.recovery.measured import need_s, save_interval_s
 from cfe_hpc.runfolder import Event, RunFolder, utc_now
 
 __all__ = ["Journal"]
@@ -90,17 +91,17 @@ class Journal:
         measured = self._seen.measured()
         if measured is None:
             return
-        need_s, room_s = lead.need_s(measured), self._time_to_save_s
-        self._timer.need(need_s)
-        if room_s is None or need_s <= room_s:
+        needed_s, room_s = need_s(measured), self._time_to_save_s
+        self._timer.need(needed_s)
+        if room_s is None or needed_s <= room_s:
             return
         if not self._grace_told:
             self._grace_told = True
-            detail = f"a step and a save take {need_s:.1f} s (p95), a preemption leaves {room_s:g} s"
+            detail = f"a step and a save take {needed_s:.1f} s (p95), a preemption leaves {room_s:g} s"
             logger.warning("grace_too_short: %s", detail)
             self.event("degraded", reason="grace_too_short", detail=detail)
         if self._adapts:
-            self._save_every(lead.save_interval_s(measured))
+            self._save_every(save_interval_s(measured))
 
     def _save_every(self, seconds: float) -> None:
         told_s, self.save_every_s = self.save_every_s, seconds

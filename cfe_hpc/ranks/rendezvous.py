@@ -23,6 +23,7 @@ from cfe_hpc.errors import CfeError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.patience import PATIENCE_S, insist
+from cfe_hpc.ranks.records import record
 
 __all__ = ["Meeting", "candidate_ports", "meet", "reachable_address"]
 
@@ -75,10 +76,10 @@ def reachable_address(host: str, *, patience_s: float = PATIENCE_S) -> str:
         shown = insist(lambda: run(argv, timeout_s=20), patience_s=patience_s).stdout
     except CommandError as error:
         raise CfeError(f"node {host}: the name does not resolve, and Slurm gives no address ({error})") from error
-    for word in shown.split():
-        if word.startswith("NodeAddr="):
-            return word.removeprefix("NodeAddr=")
-    raise CfeError(f"node {host}: the name does not resolve, and `scontrol show node` names no NodeAddr")
+    address = record(shown).get("NodeAddr")
+    if address is None:
+        raise CfeError(f"node {host}: the name does not resolve, and `scontrol show node` names no NodeAddr")
+    return address
 
 
 def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0, control_ports: int = 1) -> Meeting:

@@ -11,15 +11,15 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Literal, Protocol
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import tell_requeued
 from cfe_hpc.ranks.env import RankFacts
+from cfe_hpc.ranks.records import record
 from cfe_hpc.runfolder import RunFolder
-from cfe_hpc.units import parse_duration_s
+from cfe_hpc.units import epoch_s, parse_duration_s
 
 __all__ = [
     "TIMER",
@@ -88,13 +88,12 @@ class JobRecord:
     @classmethod
     def parse(cls, shown: str) -> JobRecord:
         """Read the output of `scontrol show job -o ID`."""
-        # The first of a name counts: paths and comments, which may hold anything, come last.
-        words = dict(word.split("=", 1) for word in reversed(shown.split()) if "=" in word)
+        words = record(shown)
         limit_s, run_s = _seconds(words.get("TimeLimit")), _seconds(words.get("RunTime"))
         return cls(
             state=words.get("JobState", "UNKNOWN"),
-            preempt_time=_epoch(words.get("PreemptTime")),
-            end_time=_epoch(words.get("EndTime")),
+            preempt_time=epoch_s(words.get("PreemptTime")),
+            end_time=epoch_s(words.get("EndTime")),
             restarts=int(words.get("Restarts", "0")),
             time_limited=limit_s is not None,
             past_limit=limit_s is not None and run_s is not None and run_s >= limit_s,
@@ -106,13 +105,6 @@ def _seconds(clock: str | None) -> float | None:
     try:
         return parse_duration_s(clock or "")
     except ValueError:  # "UNLIMITED", "Partition_Limit"
-        return None
-
-
-def _epoch(stamp: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(stamp or "").timestamp()
-    except ValueError:  # "None", "Unknown"
         return None
 
 

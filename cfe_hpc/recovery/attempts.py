@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 from cfe_hpc.recovery.causes import CAUSES, Cause, of_text, row
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
-__all__ = ["KILLED", "Attempt", "Leg", "attempts_of", "cause_of", "epoch_s", "read_attempts"]
+__all__ = ["KILLED", "Attempt", "Leg", "attempts_of", "cause_of", "read_attempts"]
 
 KILLED = "killed"
 """`detail` of a `failed` event whose reason is a signal from outside, no error of the job's own."""
@@ -88,14 +88,6 @@ class Attempt:
     def gained(self) -> bool:
         """Whether it left the run further than it found it."""
         return (self.saved_step or 0) > (self.resumed_from or 0)
-
-
-def epoch_s(stamp: Any) -> float | None:
-    """Seconds since the epoch of an RFC 3339 time; None for anything else."""
-    try:
-        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return None
 
 
 def _seconds(value: Any) -> float:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from cfe_hpc.recovery.attempts import Attempt, epoch_s
+from cfe_hpc.recovery.attempts import Attempt
+from cfe_hpc.units import epoch_s
 
 __all__ = ["BUCKETS", "Bucket", "LegBooks", "Part", "gather", "split"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cfe_hpc.recovery.attempts import epoch_s
 from cfe_hpc.recovery.exclusions import Exclusion, exclude, runs_root
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 __all__ = ["Adjustments", "Effect", "adjustments", "carry_out"]
 

@@ -10,16 +10,16 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.process import CommandError, run
-from cfe_hpc.recovery.attempts import KILLED, cause_of, epoch_s
+from cfe_hpc.recovery.attempts import KILLED, cause_of
 from cfe_hpc.recovery.causes import Cause, of_text, row
 from cfe_hpc.recovery.logfiles import last_lines, rank_logs
 from cfe_hpc.recovery.witnesses import RankEnd, batch_lines, first_end, lost_node
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 __all__ = ["Fault", "find", "first_word", "oom_kills", "slurm_end"]
 
@@ -207,8 +207,9 @@ def slurm_end(job_id: str) -> tuple[str, float | None] | None:
     ended: list[tuple[str, float | None]] = []
     for line in shown.splitlines():
         state, _, stamp = line.partition("|")
-        with contextlib.suppress(ValueError):  # "Unknown" while it runs
-            ended.append((state.split()[0], datetime.fromisoformat(stamp.strip()).timestamp()))
+        end_s = epoch_s(stamp.strip())
+        if end_s is not None:  # "Unknown" while it runs
+            ended.append((state.split()[0], end_s))
     return ended[-1] if ended else None
 
 

@@ -9,20 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cfe_hpc.files import read_ndjson
-from cfe_hpc.recovery.attempts import Attempt, epoch_s, read_attempts
-from cfe_hpc.recovery.measured import SLURM_SLACK_S, Measured, need_s, save_interval_s, signal_lead_s
+from cfe_hpc.recovery.attempts import Attempt, read_attempts
+from cfe_hpc.recovery.measured import Measured
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
-__all__ = [
-    "SLURM_SLACK_S",
-    "Measured",
-    "Observations",
-    "measure",
-    "need_s",
-    "observe",
-    "save_interval_s",
-    "signal_lead_s",
-]
+__all__ = ["Observations", "measure", "observe"]
 
 _TAIL_BYTES = 1 << 18
 """Of heartbeat.ndjson, enough for a thousand lines: how long steps take now, not how long they took last week."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cfe_hpc.recovery.attempts import attempts_of, epoch_s
+from cfe_hpc.recovery.attempts import attempts_of
 from cfe_hpc.recovery.buckets import BUCKETS, LegBooks, Part, gather, split
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 __all__ = ["Summary", "parts_of", "summarise"]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfe_hpc.files import read_ndjson
-from cfe_hpc.recovery.attempts import Attempt, epoch_s, read_attempts
+from cfe_hpc.recovery.attempts import Attempt, read_attempts
 from cfe_hpc.recovery.ledger import summarise
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 __all__ = ["RunState", "RunStatus", "SchedulerWord", "is_settled", "read_status"]
 

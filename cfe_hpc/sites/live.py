@@ -11,6 +11,7 @@ from typing import Literal
 from cfe_hpc.config.site import Preemption
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.records import record
 from cfe_hpc.units import parse_duration_s
 
 __all__ = ["Kind", "LiveCluster", "LivePartition", "LiveQos", "Mode", "parse_cluster", "read_cluster"]
@@ -186,7 +187,7 @@ def parse_cluster(config: str, partitions: str, nodes: str, qos: str | None) -> 
         max_batch_requeue=None if batch_requeue is None else int(batch_requeue),
         over_time_limit_s=_config_duration_s(said.get("OverTimeLimit", "")),
         array_max=int(said["MaxArraySize"]),
-        partitions=tuple(_partition(record, kinds) for record in _records(partitions)),
+        partitions=tuple(_partition(said, kinds) for said in _records(partitions)),
         qos=None if qos is None else tuple(_qos(line) for line in qos.splitlines() if line.strip()),
     )
 
@@ -202,11 +203,8 @@ def _config(shown: str) -> dict[str, str]:
 
 
 def _records(shown: str) -> Iterator[dict[str, str]]:
-    """One table a line. The first of a name counts: remarks and reasons, which may hold anything, come last."""
-    for line in shown.splitlines():
-        words = [word.split("=", 1) for word in line.split() if "=" in word]
-        if words:
-            yield dict(reversed(words))
+    """One table a line."""
+    return filter(None, map(record, shown.splitlines()))
 
 
 def _config_duration_s(text: str) -> float | None:
