@@ -7,11 +7,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
-from slurm.cluster import Cluster, why_impossible
-from spine.stage import Stage, assert_counted, ended, reasons
+from slurm.cluster import why_impossible
+from spine.stage import Stage, assert_counted, ended, on_one_cluster, reasons
 
 # Not marked `slurm`: CI must not need cgroups, and takes a skipped test of that mark for a failure.
 pytestmark = [
@@ -77,14 +77,10 @@ CASES: list[Callable[[Stage], None]] = [
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
     """Each case's outcome, by its name; all of them go on at the same time."""
-    root = tmp_path_factory.mktemp("cgroups")
-    cluster = Cluster.start("--nodes", str(2 * len(CASES)), "--gaudi-nodes", "0", "--cgroups")
-    pool = ThreadPoolExecutor(len(CASES))
-    try:
-        yield {case.__name__: pool.submit(case, Stage(cluster, root / case.__name__)) for case in CASES}
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cluster.stop()
+    cases = {case.__name__: case for case in CASES}
+    options = ("--nodes", str(2 * len(CASES)), "--gaudi-nodes", "0", "--cgroups")
+    with on_one_cluster(cases, tmp_path_factory.mktemp("cgroups"), *options, at_a_time=len(CASES)) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", [case.__name__ for case in CASES])

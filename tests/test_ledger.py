@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_recovery import Events, stamp, write_run
+from run_events import Events, attempt, beat, stamp, write_run
 
-from cfe_hpc.recovery.attempts import epoch_s, read_attempts
+from cfe_hpc.recovery.attempts import read_attempts
 from cfe_hpc.recovery.buckets import BUCKETS, gather, split
 from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.recovery.result import close_books, write_result
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 ZERO = epoch_s(stamp(0)) or 0.0
 
@@ -299,11 +300,87 @@ def test_the_buckets_of_a_part_add_up_whatever_was_written(
     events: Events, beats: Events, ends: dict[int, float], completing: float | None
 ) -> None:
     attempts = read_attempts(events)
-    for attempt in attempts:
-        attempt.ended_s = ZERO + ends[attempt.number] if attempt.number in ends else None
+    for each in attempts:
+        each.ended_s = ZERO + ends[each.number] if each.number in ends else None
     parts = gather(attempts, events, beats)
     split(parts, completing_s=None if completing is None else ZERO + completing)
     for part in parts:
         assert sum(part.buckets.values()) == pytest.approx(part.allocated_s, abs=1e-3)
         assert all(seconds >= -1e-6 for seconds in part.buckets.values()), part.buckets
         assert all(leg.start <= leg.kept <= leg.end for leg in part.legs if leg.trained)
+
+
+def test_books_of_a_run_that_lost_steps(tmp_path: Path) -> None:
+    """Attempt 0 does 10 steps and dies, saved at 6; attempt 1 does 7 to 12 and completes: 4 lost, 12 s of 30 count."""
+    events = [
+        {"event": "submitted", "time": stamp(0)},
+        {"event": "started", "attempt": 0, "time": stamp(20), "detail": {"job_id": "41", "total_steps": 12}},
+        {"event": "checkpoint_saved", "attempt": 0, "step": 6, "time": stamp(27)},
+        {"event": "started", "attempt": 1, "time": stamp(50), "detail": {"job_id": "42", "total_steps": 12}},
+        {"event": "resumed", "attempt": 1, "step": 6, "time": stamp(52)},
+        {"event": "completed", "attempt": 1, "step": 12, "time": stamp(70)},
+    ]
+    beats = [beat(0, step, 20 + step) for step in range(1, 11)]
+    beats += [beat(1, step, 46 + step) for step in range(7, 13)]
+    assert summarise(write_run(tmp_path, events, beats)) == Summary(
+        attempts=2,
+        last_step=12,
+        lost_steps=4,
+        goodput=0.4,
+        allocated_seconds=30.0,
+        wall_seconds=70.0,
+        total_steps=12,
+        job_id="42",
+        last_sign_s=pytest.approx(1769853670.0),
+    )
+
+
+def test_steps_since_the_last_logged_one_are_counted_with_it(tmp_path: Path) -> None:
+    events = [
+        {"event": "started", "attempt": 0, "time": stamp(0), "detail": {"total_steps": 20}},
+        {"event": "completed", "attempt": 0, "step": 20, "time": stamp(50)},
+    ]
+    summary = summarise(write_run(tmp_path, events, [beat(0, 10, 20, 2.0), beat(0, 20, 40, 2.0)]))
+    assert summary.goodput == 0.8
+
+
+def test_attempts_that_never_trained_lose_nothing_and_cost_their_time(tmp_path: Path) -> None:
+    events = [
+        {"event": "started", "attempt": 0, "time": stamp(0)},
+        {"event": "checkpoint_saved", "attempt": 0, "step": 5, "time": stamp(5)},
+        {"event": "requeued", "attempt": 0, "step": 5, "reason": "preempted", "time": stamp(5)},
+        {"event": "started", "attempt": 1, "time": stamp(10)},
+        {"event": "signal", "attempt": 1, "step": 0, "time": stamp(15)},
+        {"event": "requeued", "attempt": 1, "step": 0, "reason": "preempted", "time": stamp(15)},
+        {"event": "started", "attempt": 2, "time": stamp(20)},
+        {"event": "resumed", "attempt": 2, "step": 5, "time": stamp(20)},
+    ]
+    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(2, step, 15 + step) for step in range(6, 11)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.lost_steps, summary.goodput, summary.last_step, summary.attempts) == (0, round(10 / 15, 4), 10, 3)
+
+
+def test_a_run_that_starts_over_loses_all_it_had(tmp_path: Path) -> None:
+    events = [{"event": "started", "attempt": number, "time": stamp(10 * number)} for number in (0, 1)]
+    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(1, step, 10 + step) for step in range(1, 3)]
+    summary = summarise(write_run(tmp_path, events, beats))
+    assert (summary.lost_steps, summary.last_step) == (5, 2)
+
+
+def test_an_empty_folder_has_empty_books(tmp_path: Path) -> None:
+    summary = summarise(RunFolder(tmp_path))
+    assert (summary.attempts, summary.lost_steps, summary.goodput, summary.wall_seconds) == (0, 0, None, 0.0)
+
+
+def test_torn_lines_cost_only_themselves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, attempt(0, resumed=None, saved=2, reason=None), [beat(0, 1, 1), beat(0, 2, 2)])
+    with open(folder.heartbeat_path, "a") as stream:
+        stream.write('{"time":"2026-01-31T10:00:03Z","attempt":0,"st')
+    assert summarise(folder).last_step == 2
+
+
+def test_the_start_up_before_the_first_word_is_allocated_time(tmp_path: Path) -> None:
+    started = {"event": "started", "attempt": 0, "time": stamp(30), "detail": {"startup_seconds": 10.0}}
+    summary = summarise(write_run(tmp_path, [started], [beat(0, step, 30 + step) for step in range(1, 21)]))
+    assert summary.allocated_seconds == 30.0
+    assert summary.goodput == round(20 / 30, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from checkpoint_disks import mounted
 from launching import events, make_folder, make_spec
-from test_control import free_port
+from spawned import heard
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.devices.resolve import resolve
@@ -187,28 +186,16 @@ def test_two_ranks_agree_on_who_is_fit(tmp_path: Path, monkeypatch: pytest.Monke
         spec = make_spec(tmp_path, nodes=2, job={"recovery": {"preflight": case != "off"}})
         (tmp_path / case).mkdir()
         folders[case] = make_folder(tmp_path / case, spec)
-    context = multiprocessing.get_context("spawn")
-    answers, port = context.Queue(), free_port()
     paths = {case: str(folder.path) for case, folder in folders.items()}
-    ranks = [context.Process(target=rank_main, args=(rank, port, paths, answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        heard = dict(answers.get(timeout=120) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(30)
-            process.kill()
-    answers.close()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    fit = heard[0].pop("fit")
-    assert heard[1].pop("fit")["nodes"] == fit["nodes"]
+    said = heard(rank_main, 2, paths)
+    fit = said[0].pop("fit")
+    assert said[1].pop("fit")["nodes"] == fit["nodes"]
     assert set(fit) == {"seconds", "skew_s", "bandwidth_bytes_per_s", "nodes"}
     assert fit["bandwidth_bytes_per_s"] > 0 and 0 <= fit["skew_s"] < preflight._SKEW_WARN_S
-    assert heard[0].pop("off and broken") == heard[1].pop("off and broken") == "ImpossibleError"
+    assert said[0].pop("off and broken") == said[1].pop("off and broken") == "ImpossibleError"
     expected = {"off": None, "one device": 0, "no device": "ImpossibleError", "one wrong": 0, "all wrong": "CfeError"}
-    assert heard[0] == {**expected, "clock": True, "local": "n2"}
-    assert heard[1] == {**expected, "clock": True, "local": "ImpossibleError"}
+    assert said[0] == {**expected, "clock": True, "local": "n2"}
+    assert said[1] == {**expected, "clock": True, "local": "ImpossibleError"}
     told = {case: [event["reason"] for event in events(folder, "failed")] for case, folder in folders.items()}
     assert told["one device"] == [f"preflight: n2: {' '.join(str(GONE).split())}"]
     assert told["one wrong"] == ["preflight: n2: a sum over all ranks came out wrong"]

@@ -1,46 +1,23 @@
-"""Budgets and books, from events and heartbeats as ranks write them."""
+"""Attempts and budgets, from events as ranks write them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_events import Events, attempt, stamp, write_run
 
 from cfe_hpc.config.job import Recovery
-from cfe_hpc.recovery.attempts import Leg, attempts_of, epoch_s, read_attempts
+from cfe_hpc.recovery.attempts import Leg, attempts_of, read_attempts
 from cfe_hpc.recovery.budgets import FRUITLESS_LIMIT, INTERRUPTED_LIMIT, decide
 from cfe_hpc.recovery.causes import CAUSES, Cause
 from cfe_hpc.recovery.effects import Adjustments, adjustments, carry_out
 from cfe_hpc.recovery.exclusions import excluded
-from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.runfolder import RunFolder
-
-Events = list[dict[str, Any]]
-
-
-def stamp(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"2026-01-31T10:{int(minutes):02d}:{rest:06.3f}Z"
-
-
-def attempt(
-    number: int, *, resumed: int | None, saved: int | None, reason: str | None, error: str | None = None
-) -> Events:
-    """One attempt's events: steps it resumed from and saved, why it was requeued (None: it was not)."""
-    events: Events = [{"event": "started", "attempt": number, "detail": {"job_id": "7", "total_steps": 100}}]
-    if resumed is not None:
-        events.append({"event": "resumed", "attempt": number, "step": resumed})
-    if saved is not None:
-        events.append({"event": "checkpoint_saved", "attempt": number, "step": saved})
-    if error is not None:
-        events.append({"event": "failed", "attempt": number, "reason": error, "rank": 1, "host": "n1"})
-    if reason is not None:
-        events.append({"event": "requeued", "attempt": number, "reason": reason})
-    return events
+from cfe_hpc.units import epoch_s
 
 
 def advancing(count: int, reason: str, start: int = 0) -> Events:
@@ -362,93 +339,6 @@ KEYS = st.sampled_from(["event", "attempt", "step", "time", "detail", "reason"])
 @given(st.lists(st.dictionaries(KEYS, st.none() | st.integers(-3, 9) | WORDS)))
 def test_no_event_whatever_breaks_the_reader(events: Events) -> None:
     assert decide(Recovery(), events, cause="preempted").action in ("requeue", "hold")
-
-
-def write_run(path: Path, events: Events, beats: Events) -> RunFolder:
-    folder = RunFolder(path)
-    folder.events_path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    folder.heartbeat_path.write_text("".join(json.dumps(beat) + "\n" for beat in beats))
-    return folder
-
-
-def beat(number: int, step: int, at: float, seconds: float = 1.0) -> dict[str, Any]:
-    return {"time": stamp(at), "attempt": number, "step": step, "step_seconds": seconds}
-
-
-def test_books_of_a_run_that_lost_steps(tmp_path: Path) -> None:
-    """Attempt 0 does 10 steps and dies, saved at 6; attempt 1 does 7 to 12 and completes: 4 lost, 12 s of 30 count."""
-    events = [
-        {"event": "submitted", "time": stamp(0)},
-        {"event": "started", "attempt": 0, "time": stamp(20), "detail": {"job_id": "41", "total_steps": 12}},
-        {"event": "checkpoint_saved", "attempt": 0, "step": 6, "time": stamp(27)},
-        {"event": "started", "attempt": 1, "time": stamp(50), "detail": {"job_id": "42", "total_steps": 12}},
-        {"event": "resumed", "attempt": 1, "step": 6, "time": stamp(52)},
-        {"event": "completed", "attempt": 1, "step": 12, "time": stamp(70)},
-    ]
-    beats = [beat(0, step, 20 + step) for step in range(1, 11)]
-    beats += [beat(1, step, 46 + step) for step in range(7, 13)]
-    assert summarise(write_run(tmp_path, events, beats)) == Summary(
-        attempts=2,
-        last_step=12,
-        lost_steps=4,
-        goodput=0.4,
-        allocated_seconds=30.0,
-        wall_seconds=70.0,
-        total_steps=12,
-        job_id="42",
-        last_sign_s=pytest.approx(1769853670.0),
-    )
-
-
-def test_steps_since_the_last_logged_one_are_counted_with_it(tmp_path: Path) -> None:
-    events = [
-        {"event": "started", "attempt": 0, "time": stamp(0), "detail": {"total_steps": 20}},
-        {"event": "completed", "attempt": 0, "step": 20, "time": stamp(50)},
-    ]
-    summary = summarise(write_run(tmp_path, events, [beat(0, 10, 20, 2.0), beat(0, 20, 40, 2.0)]))
-    assert summary.goodput == 0.8
-
-
-def test_attempts_that_never_trained_lose_nothing_and_cost_their_time(tmp_path: Path) -> None:
-    events = [
-        {"event": "started", "attempt": 0, "time": stamp(0)},
-        {"event": "checkpoint_saved", "attempt": 0, "step": 5, "time": stamp(5)},
-        {"event": "requeued", "attempt": 0, "step": 5, "reason": "preempted", "time": stamp(5)},
-        {"event": "started", "attempt": 1, "time": stamp(10)},
-        {"event": "signal", "attempt": 1, "step": 0, "time": stamp(15)},
-        {"event": "requeued", "attempt": 1, "step": 0, "reason": "preempted", "time": stamp(15)},
-        {"event": "started", "attempt": 2, "time": stamp(20)},
-        {"event": "resumed", "attempt": 2, "step": 5, "time": stamp(20)},
-    ]
-    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(2, step, 15 + step) for step in range(6, 11)]
-    summary = summarise(write_run(tmp_path, events, beats))
-    assert (summary.lost_steps, summary.goodput, summary.last_step, summary.attempts) == (0, round(10 / 15, 4), 10, 3)
-
-
-def test_a_run_that_starts_over_loses_all_it_had(tmp_path: Path) -> None:
-    events = [{"event": "started", "attempt": number, "time": stamp(10 * number)} for number in (0, 1)]
-    beats = [beat(0, step, step) for step in range(1, 6)] + [beat(1, step, 10 + step) for step in range(1, 3)]
-    summary = summarise(write_run(tmp_path, events, beats))
-    assert (summary.lost_steps, summary.last_step) == (5, 2)
-
-
-def test_an_empty_folder_has_empty_books(tmp_path: Path) -> None:
-    summary = summarise(RunFolder(tmp_path))
-    assert (summary.attempts, summary.lost_steps, summary.goodput, summary.wall_seconds) == (0, 0, None, 0.0)
-
-
-def test_torn_lines_cost_only_themselves(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, attempt(0, resumed=None, saved=2, reason=None), [beat(0, 1, 1), beat(0, 2, 2)])
-    with open(folder.heartbeat_path, "a") as stream:
-        stream.write('{"time":"2026-01-31T10:00:03Z","attempt":0,"st')
-    assert summarise(folder).last_step == 2
-
-
-def test_the_start_up_before_the_first_word_is_allocated_time(tmp_path: Path) -> None:
-    started = {"event": "started", "attempt": 0, "time": stamp(30), "detail": {"startup_seconds": 10.0}}
-    summary = summarise(write_run(tmp_path, [started], [beat(0, step, 30 + step) for step in range(1, 21)]))
-    assert summary.allocated_seconds == 30.0
-    assert summary.goodput == round(20 / 30, 4)
 
 
 def test_kills_from_outside_are_no_error_of_the_jobs_own() -> None:

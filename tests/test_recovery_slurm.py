@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
 import pytest
-from slurm.cluster import Cluster
-from spine.stage import Stage
+from spine.stage import Stage, on_one_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,16 +28,12 @@ def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
     """The outcome of each case that was chosen, by its name; all of them begin with the first one asked for."""
-    root = tmp_path_factory.mktemp("recovery")
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     chosen = [str(item.callspec.params["name"]) for item in items if item.module is request.module]
-    cluster = Cluster.start("--nodes", str(2 * AT_A_TIME + 2))
-    pool = ThreadPoolExecutor(AT_A_TIME)
-    try:
-        yield {name: pool.submit(CASES[name], Stage(cluster, root / name)) for name in chosen}
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cluster.stop()
+    cases = {name: CASES[name] for name in chosen}
+    nodes = str(2 * AT_A_TIME + 2)
+    with on_one_cluster(cases, tmp_path_factory.mktemp("recovery"), "--nodes", nodes, at_a_time=AT_A_TIME) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", CASES)

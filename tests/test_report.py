@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_events import write_run
 from test_ledger import ended, line, said, started
-from test_recovery import write_run
 from test_status import make_run, runs, slurm_job
 
 from cfe_hpc.cli.main import main

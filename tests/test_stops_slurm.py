@@ -11,13 +11,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
 from spine.harness import ROOT, SMALL, site_file
-from spine.stage import STEPS, TOTAL, Stage, assert_counted, ended, rank_pids, reasons
+from spine.stage import STEPS, TOTAL, Stage, assert_counted, ended, on_one_cluster, rank_pids, reasons
 
 from cfe_hpc.files import read_toml
 
@@ -247,14 +247,10 @@ CASES: list[Callable[[Stage], None]] = [
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
     """Each case's outcome, by its name; all of them begin with the first one asked for."""
-    root = tmp_path_factory.mktemp("stops")
-    cluster = Cluster.start("--nodes", str(2 * AT_A_TIME + 2))
-    pool = ThreadPoolExecutor(AT_A_TIME)
-    try:
-        yield {case.__name__: pool.submit(case, Stage(cluster, root / case.__name__)) for case in CASES}
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cluster.stop()
+    cases = {case.__name__: case for case in CASES}
+    nodes = str(2 * AT_A_TIME + 2)
+    with on_one_cluster(cases, tmp_path_factory.mktemp("stops"), "--nodes", nodes, at_a_time=AT_A_TIME) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", [case.__name__ for case in CASES])

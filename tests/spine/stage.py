@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +122,22 @@ def _pids(run: LiveRun) -> tuple[dict[int, int], dict[int, int]]:
             number = int(environment[b"CFE_RANK" if by_launcher else b"SLURM_PROCID"])
             (workers if by_launcher else tasks)[number] = int(folder.name)
     return tasks, workers
+
+
+@contextlib.contextmanager
+def on_one_cluster(
+    cases: Mapping[str, Callable[[Stage], None]], root: Path, *options: str, at_a_time: int
+) -> Iterator[dict[str, Future[None]]]:
+    """Each case's outcome, by its name; all of them begin now, a few at a time.
+
+    Args:
+        root: each case gets a folder below.
+        options: of `scripts/slurm up`.
+    """
+    cluster = Cluster.start(*options)
+    pool = ThreadPoolExecutor(at_a_time)
+    try:
+        yield {name: pool.submit(case, Stage(cluster, root / name)) for name, case in cases.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+        cluster.stop()
