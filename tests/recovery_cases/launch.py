@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 from spine.harness import site_file
 from spine.stage import STEPS, Stage, agent_pids, assert_counted, reasons
@@ -29,6 +30,17 @@ def a_signal_to_the_wrappers_pid_alone_saves_all_ranks(stage: Stage) -> None:
     assert run.events("failed") == []
 
 
+def _wait_until_empty(stage: Stage, nodes: list[str], timeout_s: float = 120.0) -> None:
+    """Wait until no job is on the nodes any more, and none of them is still cleaning up after one."""
+    deadline = time.monotonic() + timeout_s
+    names = ",".join(nodes)
+    while stage.cluster.run("squeue", "-h", "-w", names, "-o", "%i").strip() or (
+        "COMPLETING" in stage.cluster.run("scontrol", "show", "node", names)
+    ):
+        assert time.monotonic() < deadline, f"{names}: still in use"
+        time.sleep(0.3)
+
+
 def an_attempt_on_fewer_nodes_goes_on(stage: Stage) -> None:
     # Out of the way of other cases, which would otherwise decide how many nodes are free.
     nodes = stage.cluster.run("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N").split()[-2:]
@@ -39,6 +51,7 @@ def an_attempt_on_fewer_nodes_goes_on(stage: Stage) -> None:
     )  # fmt: skip
     partitions = {"gpu": {"hardware": "h200", "nodes_max": 8, "options": [f"--reservation={name}"]}}
     try:
+        _wait_until_empty(stage, nodes)  # another case's job may have come between the look and the reservation
         run = stage.submit("gpu", nodes=2, site=site_file(stage.folder, partitions=partitions), launch={"nodes_min": 1})
         run.wait_step(3, attempt=0)
         stage.cluster.scontrol("update", f"NodeName={nodes[1]}", "State=DRAIN", "Reason=test")
