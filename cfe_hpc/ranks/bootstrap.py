@@ -20,7 +20,7 @@ from cfe_hpc.devices.resolve import DEVICES, resolve
 from cfe_hpc.errors import ImpossibleError
 from cfe_hpc.ranks import control
 from cfe_hpc.ranks.env import RankFacts
-from cfe_hpc.ranks.rendezvous import Meeting, meet
+from cfe_hpc.ranks.rendezvous import Meeting, await_listener, meet
 
 __all__ = ["Place", "bootstrap", "rank_environment"]
 
@@ -40,6 +40,12 @@ class Place:
     device: Device
     group: Group
     device_error: Exception | None = None
+
+    def init_process_group(self) -> None:
+        """Start torch.distributed's default group with the device's backend. Collective."""
+        if self.facts.rank:
+            await_listener(self.meeting.address, self.meeting.master_port)
+        self.device.init_process_group(self.facts)
 
 
 def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cfe_hpc.checkpoints.protocols import Group, SoloGroup
 from cfe_hpc.ranks.env import RankFacts
-from cfe_hpc.ranks.rendezvous import Meeting
+from cfe_hpc.ranks.rendezvous import Meeting, await_listener
 
 __all__ = ["GlooGroup", "connect"]
 
@@ -42,6 +42,8 @@ class GlooGroup:
         dist: Any = import_module("torch.distributed")
         self.rank, self.size = rank, size
         timeout = timedelta(seconds=_TIMEOUT_S)
+        if rank:
+            await_listener(meeting.address, meeting.control_port)
         # The group lives as long as its store: keep it.
         self._store = dist.TCPStore(meeting.address, meeting.control_port, size, rank == 0, timedelta(seconds=300))
         self._group = dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), rank, size, timeout)

@@ -25,7 +25,7 @@ from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.patience import PATIENCE_S, insist
 from cfe_hpc.ranks.records import record
 
-__all__ = ["Meeting", "candidate_ports", "meet", "reachable_address"]
+__all__ = ["Meeting", "await_listener", "candidate_ports", "meet", "reachable_address"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,20 @@ def meet(facts: RankFacts, *, token: str, timeout_s: float = 300.0, control_port
             _serve(facts, meeting, password, timeout_s)
         return meeting
     return _ask(facts, address, password, timeout_s)
+
+
+def await_listener(address: str, port: int, *, timeout_s: float = 60.0) -> None:
+    """Return when somebody listens there, or when time is up: whoever then connects tells why it cannot.
+
+    torch's store looks again only half a second after it was refused (measured: 0.57 s of a start of 3 s), and ranks
+    that load the same things at the same time are mostly a few milliseconds too early.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, 0.005
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
+            return
+        time.sleep(pause_s)
+        pause_s = min(0.1, pause_s * 1.3)
 
 
 def _bind(port: int) -> socket.socket | None:

@@ -120,7 +120,7 @@ class Run:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            self._place.device.init_process_group(self._place.facts)
+            self._place.init_process_group()
 
     def track(self, **objects: Any) -> None:
         """Name what a checkpoint holds: anything with state_dict and load_state_dict, or with the Sharded protocol.
