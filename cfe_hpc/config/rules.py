@@ -203,6 +203,8 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
     report = _reporter(origin)
     if site.default_partition not in site.partitions:
         yield _unknown_name(report, ("default_partition",), site.default_partition, site.partitions, "partitions")
+    if site.debug_partition is not None and site.debug_partition not in site.partitions:
+        yield _unknown_name(report, ("debug_partition",), site.debug_partition, site.partitions, "partitions")
     yield from _partition_problems(site, report)
     for name in site.qos:
         yield from _word_problems(name, ("qos", name), report)
@@ -235,8 +237,11 @@ def _partition_problems(site: Site, report: Report) -> Iterator[Problem]:
                 format_duration(default),
             )
         queue_path = path if partition.queue is None else (*path, "queue")
-        yield from _word_problems(partition.queue or name, queue_path, report)
-        for key in ("account", "qos"):
+        yield from _word_problems(None if partition.queue == "" else partition.queue_of(name), queue_path, report)
+        fewest, most = partition.nodes_min, partition.nodes_max
+        if fewest is not None and most is not None and fewest > most:
+            yield report((*path, "nodes_min"), f"more than nodes_max, {most}", "lower it", fewest)
+        for key in ("account", "qos", "constraint", "reservation"):
             yield from _word_problems(getattr(partition, key), (*path, key), report)
         yield from _option_problems(partition.options, (*path, "options"), report)
 

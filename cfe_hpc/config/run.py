@@ -19,7 +19,7 @@ class Plan(Strict):
     """What the run takes of the site. Pure arithmetic on job and site: the same inputs give the same plan."""
 
     partition: str = Field(description="the site profile's name of the partition")
-    queue: str = Field(description="the scheduler's name of it")
+    queue: str = Field(description="the scheduler's name of it; empty where jobs name none")
     nodes: int = Field(ge=1)
     devices_per_node: int = Field(ge=1)
     world_size: int = Field(ge=1, description="nodes times devices_per_node: one rank a device")

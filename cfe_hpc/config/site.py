@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from cfe_hpc.config.job import Accelerator
 from cfe_hpc.errors import ConfigError, Problem
 
 __all__ = [
+    "Cost",
     "Environment",
     "Hardware",
     "Network",
@@ -44,7 +45,14 @@ class Hardware(Strict):
         description='how devices are asked for, e.g. "gpu:h200:{devices}"; left out when they need no asking',
         examples=['"gpu:h200:{devices}"'],
     )
-    cost_per_node_hour: float | None = Field(None, ge=0, description="price of a node for an hour", examples=["20.0"])
+    features: list[str] = Field(
+        default_factory=list,
+        description="node features that `resources.constraint` may name there",
+        examples=['["h200", "nvlink"]'],
+    )
+    cost_per_node_hour: float | None = Field(
+        None, ge=0, description="price of a node for an hour, in `cost.currency`", examples=["20.0"]
+    )
 
 
 class Preemption(Strict):
@@ -73,6 +81,21 @@ class Qos(Strict):
     time_limit: DurationS | None = Field(
         None, description="longest time of one attempt (MaxWall); none when left out", examples=['"8h"']
     )
+    nodes_min: int | None = Field(None, ge=1, description="fewest nodes of one job (MinTRES)", examples=["2"])
+    nodes_max: int | None = Field(None, ge=1, description="most nodes of one job (MaxTRES)", examples=["16"])
+    devices_max: int | None = Field(None, ge=1, description="most devices of one job (MaxTRES)", examples=["64"])
+    jobs_max: int | None = Field(
+        None, ge=1, description="most jobs of one user that run at a time (MaxJobsPU)", examples=["8"]
+    )
+    submit_max: int | None = Field(
+        None,
+        ge=1,
+        description="most jobs of one user in the queue, running ones included (MaxSubmitPU)",
+        examples=["50"],
+    )
+    cost_factor: float | None = Field(
+        None, ge=0, description="what the price is multiplied by (UsageFactor); 1 when left out", examples=["0.5"]
+    )
 
 
 class Partition(Strict):
@@ -80,7 +103,9 @@ class Partition(Strict):
 
     hardware: str = Field(description="a name of [hardware]", examples=['"h200"'])
     queue: str | None = Field(
-        None, description="the scheduler's name of it, when it is not the table's", examples=['"gpu"']
+        None,
+        description="the scheduler's name of it, when it is not the table's; \"\" where none is to be named",
+        examples=['"gpu"'],
     )
     time_limit: DurationS | None = Field(
         None, description="longest time of one attempt; none when left out", examples=['"24h"']
@@ -91,12 +116,53 @@ class Partition(Strict):
     nodes_max: int | None = Field(
         None, ge=1, description="most nodes of one job; the partition's size", examples=["16"]
     )
+    nodes_min: int | None = Field(None, ge=1, description="fewest nodes of one job (MinNodes)", examples=["2"])
+    exclusive: bool = Field(
+        False, description="a job gets whole nodes, and pays for them, whatever it asks for", examples=["true"]
+    )
+    memory_default: SizeBytes | None = Field(
+        None, description="memory of a node for a job that asks for none (DefMemPerNode)", examples=['"64GiB"']
+    )
+    memory_per_core_default: SizeBytes | None = Field(
+        None, description="memory for each core of a job that asks for none (DefMemPerCPU)", examples=['"4GiB"']
+    )
+    memory_max: SizeBytes | None = Field(
+        None, description="most memory of a node that a job may ask for (MaxMemPerNode)", examples=['"480GiB"']
+    )
     preemption: Preemption = Field({}, validate_default=True)
     account: str | None = Field(None, description="account used when the job names none", examples=['"proj1"'])
     qos: str | None = Field(None, description="quality of service used when the job names none", examples=['"normal"'])
+    constraint: str | None = Field(
+        None, description="node features asked for when the job names none", examples=['"h200"']
+    )
+    reservation: str | None = Field(
+        None, description="reservation that jobs of this partition run in", examples=['"training-week"']
+    )
+    allowed_accounts: list[str] = Field(
+        default_factory=list,
+        description="accounts whose jobs start here (AllowAccounts); all when empty",
+        examples=['["proj1", "proj2"]'],
+    )
+    allowed_qos: list[str] = Field(
+        default_factory=list,
+        description="QOS whose jobs start here (AllowQos); all when empty",
+        examples=['["normal"]'],
+    )
+    billing_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="TRESBillingWeights: billing units of each cpu, gres and node, and of each GiB of mem",
+        examples=['{ cpu = 1.0, mem = 0.25, "gres/gpu" = 16.0 }'],
+    )
+    cost_per_node_hour: float | None = Field(
+        None, ge=0, description="price of a node for an hour, where it is not the hardware's", examples=["10.0"]
+    )
     options: list[str] = Field(
         default_factory=list, description='further #SBATCH options, e.g. "--exclusive"', examples=['["--exclusive"]']
     )
+
+    def queue_of(self, name: str) -> str:
+        """The scheduler's name of this partition, which the profile calls `name`; "" where a job names none."""
+        return name if self.queue is None else self.queue
 
 
 class Network(Strict):
@@ -117,6 +183,24 @@ class Storage(Strict):
         examples=['"runs"'],
     )
     node_local: str | None = Field(None, description="fast folder of each node, e.g. /tmp", examples=['"/tmp"'])
+    shared: list[str] = Field(
+        default_factory=list,
+        description="folders that every node sees; ~ and $VARIABLES are expanded",
+        examples=['["~", "$SCRATCH"]'],
+    )
+    purge_after: DurationS | None = Field(
+        None,
+        gt=0,
+        description="files under `runs_root` untouched for so long are deleted by the site",
+        examples=['"56d"'],
+    )
+    quota: SizeBytes | None = Field(
+        None, gt=0, description="space that one has where `runs_root` lies", examples=['"20TB"']
+    )
+    quota_files: int | None = Field(None, ge=1, description="files that one may have there", examples=["1_000_000"])
+    quota_command: str | None = Field(
+        None, min_length=1, description="what prints one's quota, in a shell", examples=['"showquota"']
+    )
 
 
 class Environment(Strict):
@@ -135,6 +219,20 @@ class Environment(Strict):
         None,
         description="interpreter on the nodes; the submitting one when left out",
         examples=['"/opt/venv/bin/python"'],
+    )
+
+
+class Cost(Strict):
+    """`[cost]`: what prices are in, and what a billing unit costs."""
+
+    currency: str = Field(
+        "", description="what prices are in: a currency, or the site's own unit", examples=['"GPU hours"']
+    )
+    billing_unit_hour: float | None = Field(
+        None,
+        ge=0,
+        description="price of a billing unit for an hour, where `billing_weights` tell a job's units",
+        examples=["0.05"],
     )
 
 
@@ -187,6 +285,14 @@ class Slurm(Strict):
     preempt_type: str | None = Field(
         None, min_length=1, description="PreemptType, without `preempt/`", examples=['"partition_prio"']
     )
+    billing_max: bool | None = Field(
+        None,
+        description="MAX_TRES in PriorityFlags: a job is billed for its dearest resource alone, not for their sum",
+        examples=["true"],
+    )
+    account_required: bool = Field(
+        False, description="every job must name an account; there is no default one", examples=["true"]
+    )
 
 
 class Site(Strict):
@@ -197,12 +303,27 @@ class Site(Strict):
     description: str = Field("", description="one line for `sites list`", examples=['"our cluster"'])
     contact: str = Field("", description="who keeps this profile", examples=['"hpc@example.org"'])
     url: str = Field("", description="the site's own documentation", examples=['"https://example.org"'])
+    documentation: str = Field(
+        "", description="title of the page at `url` that this was taken from", examples=['"Running jobs"']
+    )
+    documented_on: str = Field(
+        "",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+        description="when that page was written, or read where it bears no date",
+        examples=['"2026-01-31"'],
+    )
+    verified: bool = Field(
+        False, description="`sites check` was run on the cluster itself, and nothing differed", examples=["true"]
+    )
     tested_on: str = Field(
         "",
         description="date and version this was last tried on; empty when never",
         examples=['"2026-01-31, Slurm 24.05"'],
     )
     default_partition: str = Field(description="a name of [partitions]", examples=['"gpu"'])
+    debug_partition: str | None = Field(
+        None, description="a name of [partitions]: where short interactive jobs start soon", examples=['"debug"']
+    )
     partitions: dict[str, Partition] = Field(min_length=1)
     hardware: dict[str, Hardware] = Field(min_length=1)
     qos: dict[str, Qos] = Field(default_factory=dict)
@@ -210,6 +331,7 @@ class Site(Strict):
     network: Network = Field({}, validate_default=True)
     storage: Storage = Field({}, validate_default=True)
     environment: Environment = Field({}, validate_default=True)
+    cost: Cost = Field({}, validate_default=True)
     metrics: SiteMetrics = Field({}, validate_default=True)
 
 

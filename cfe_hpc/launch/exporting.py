@@ -38,7 +38,7 @@ def export_script(spec: RunSpec, folder: RunFolder, *, log: Sequence[str]) -> st
     own = name == spec.plan.partition
     options = {
         "job-name": f"{safe_name(spec.job.name)}-export",
-        "partition": partition.queue or name,
+        "partition": partition.queue_of(name),
         "account": spec.plan.account if own else spec.job.resources.account or partition.account,
         "qos": spec.plan.qos if own else partition.qos,
         "time": None if partition.default_time is None else slurm_time(partition.default_time),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
-from cfe_hpc.config.site import Qos, Site
+from cfe_hpc.config.site import Partition, Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.recovery.measured import Measured, need_s, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
@@ -48,17 +48,18 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
     time_s = next((t for t in times if t is not None), None)
     problems = [
         *_node_problems(job, site, name, devices, cpus, report),
-        *_time_problems(f"partition {name}", partition.time_limit, time_s, report),
-        *_time_problems(f"QOS {qos_name}", qos.time_limit, time_s, report),
+        *_time_problems(f"partition {name}", partition.time_limit, time_s, report, "time"),
+        *_time_problems(f"QOS {qos_name}", qos.time_limit, time_s, report, "qos-time"),
         *_lead_problems(time_s, stated_lead_s, report),
         *_launch_problems(job, report),
     ]
+    problems = [problem for problem in problems if problem.check not in job.checks.ignore]
     if problems:
         raise ImpossibleError(problems)
     launcher = next(known for known in LAUNCHERS if known == job.launch.launcher)
     return Plan(
         partition=name,
-        queue=partition.queue or name,
+        queue=partition.queue_of(name),
         nodes=job.resources.nodes,
         devices_per_node=devices,
         world_size=job.resources.nodes * devices,
@@ -69,11 +70,11 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
         gres=None if hardware.gres is None else hardware.gres.replace("{devices}", str(devices)),
         account=job.resources.account or partition.account,
         qos=qos_name,
-        constraint=job.resources.constraint,
+        constraint=job.resources.constraint or partition.constraint,
         signal=site.slurm.signal,
         signal_lead_s=_lead_s(site, stated_lead_s, time_s, measured),
         preemption=qos.preemption or partition.preemption,
-        options=list(partition.options),
+        options=[*partition.options, *_reservation(partition)],
         launcher=launcher,
         nodes_min=job.launch.nodes_min,
         restarts=job.launch.restarts,
@@ -91,11 +92,16 @@ def _lead_s(site: Site, stated_s: int, time_s: float | None, measured: Measured 
     return max(stated_s, int(min(learned_s, math.inf if time_s is None else time_s / 2)))
 
 
+def _reservation(partition: Partition) -> list[str]:
+    return [] if partition.reservation is None else [f"--reservation={partition.reservation}"]
+
+
 def _reporter(origins: Mapping[str, str]) -> Report:
-    def report(key: str, what: str, remedy: str, value: Any = None) -> Problem:
+    def report(key: str, what: str, remedy: str, value: Any = None, *, check: str) -> Problem:
         owner, _, rest = key.partition(".")
         origin = origins.get(key, "default")
-        return Problem(file=owner if origin == "default" else origin, key=rest, what=what, value=value, remedy=remedy)
+        file = owner if origin == "default" else origin
+        return Problem(file=file, key=rest, what=what, value=value, remedy=remedy, check=check)
 
     return report
 
@@ -109,7 +115,8 @@ def _partition_name(job: Job, site: Site, report: Report) -> str:
         near = nearest(asked, site.partitions)
         hint = f"did you mean {near}? " if near else ""
         remedy = f"{hint}{site.name} has: {', '.join(site.partitions)}"
-        raise ConfigError([report("job.resources.partition", f"no such partition at {site.name}", remedy, asked)])
+        what = f"no such partition at {site.name}"
+        raise ConfigError([report("job.resources.partition", what, remedy, asked, check="partition")])
     candidates = [site.default_partition, *site.partitions]
     fitting = (
         name for name in candidates if accelerator in (None, site.hardware[site.partitions[name].hardware].accelerator)
@@ -123,37 +130,45 @@ def _node_problems(job: Job, site: Site, name: str, devices: int, cpus: int, rep
     may_oversubscribe = site.scheduler == "local" and wanted.cpus_per_device is None
     if wanted.accelerator not in (None, hardware.accelerator):
         what = f"partition {name} has {hardware.accelerator} devices"
-        yield report("job.resources.accelerator", what, "choose another partition or site", wanted.accelerator)
+        yield report(
+            "job.resources.accelerator",
+            what,
+            "choose another partition or site",
+            wanted.accelerator,
+            check="accelerator",
+        )
     if partition.nodes_max is not None and wanted.nodes > partition.nodes_max:
         what, remedy = f"more than the {partition.nodes_max} nodes of partition {name}", "ask for fewer"
-        yield report("job.resources.nodes", what, remedy, wanted.nodes)
+        yield report("job.resources.nodes", what, remedy, wanted.nodes, check="nodes")
     if devices > hardware.devices_per_node:
         what = f"more than the {hardware.devices_per_node} devices of a node of {partition.hardware}"
-        yield report("job.resources.devices_per_node", what, "ask for fewer, on more nodes", devices)
+        yield report("job.resources.devices_per_node", what, "ask for fewer, on more nodes", devices, check="devices")
     elif cpus * devices > hardware.cores_per_node and not may_oversubscribe:
         what = f"{devices} ranks with {cpus} cores each, more than the {hardware.cores_per_node} of a node"
-        yield report("job.resources.cpus_per_device", what, "ask for fewer", cpus)
+        yield report("job.resources.cpus_per_device", what, "ask for fewer", cpus, check="cores")
     if wanted.memory is not None and wanted.memory > hardware.memory:
         what = f"more than the {format_size(hardware.memory)} of a node of {partition.hardware}"
-        yield report("job.resources.memory", what, "ask for less", format_size(wanted.memory))
+        yield report("job.resources.memory", what, "ask for less", format_size(wanted.memory), check="memory")
 
 
-def _time_problems(whose: str, time_limit: float | None, time_s: float | None, report: Report) -> Iterator[Problem]:
+def _time_problems(
+    whose: str, time_limit: float | None, time_s: float | None, report: Report, check: str
+) -> Iterator[Problem]:
     if time_limit is not None and time_s is not None and time_s > time_limit:
         what = f"longer than the {format_duration(time_limit)} of {whose}"
         remedy = "ask for less: the run goes on in further attempts"
-        yield report("job.resources.time", what, remedy, format_duration(time_s))
+        yield report("job.resources.time", what, remedy, format_duration(time_s), check=check)
 
 
 def _lead_problems(time_s: float | None, lead_s: int, report: Report) -> Iterator[Problem]:
     if time_s is not None and time_s <= lead_s:
         what = f"too short: slurm.signal_lead has the signal sent {format_duration(lead_s)} before its end"
         remedy = f"ask for more than {format_duration(lead_s)}"
-        yield report("job.resources.time", what, remedy, format_duration(time_s))
+        yield report("job.resources.time", what, remedy, format_duration(time_s), check="signal-lead")
 
 
 def _launch_problems(job: Job, report: Report) -> Iterator[Problem]:
     launch = job.launch
     if launch.launcher not in LAUNCHERS:
         remedy = f"this version starts ranks with {', '.join(LAUNCHERS)}"
-        yield report("job.launch.launcher", "not available yet", remedy, launch.launcher)
+        yield report("job.launch.launcher", "not available yet", remedy, launch.launcher, check="launcher")

@@ -103,7 +103,7 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     tasks, cpus = _tasks(plan)
     stated = {
         "job_name": safe_name(spec.job.name),
-        "partition": plan.queue,
+        "partition": plan.queue or None,
         "account": plan.account,
         "qos": plan.qos,
         "constraint": plan.constraint,

@@ -101,8 +101,9 @@ def _own(plan: Plan) -> list[str]:
 
 def _nodes(plan: Plan) -> tuple[set[str], set[str]]:
     """(nodes of the plan's partition that can run a job, all of its nodes)."""
+    where = ["-p", plan.queue] if plan.queue else []
     try:
-        shown = run(["sinfo", "-h", "-N", "-p", plan.queue, "-o", "%N %t"], timeout_s=_TIMEOUT_S).stdout
+        shown = run(["sinfo", "-h", "-N", *where, "-o", "%N %t"], timeout_s=_TIMEOUT_S).stdout
     except CommandError as error:
         logger.warning("no node is avoided: %s", error)
         return set(), set()
