@@ -11,6 +11,10 @@
     result.json         how it ended
     control/            requests and promises between processes; each a small file, written once
     control/spare-0 …   room for those, and for result.json, when the disk is full
+
+A sweep's folder has run.toml (the job without its axes), submission.sh, events.ndjson and control/ as well, and
+    sweep.json          axes, and what makes each task's values
+    tasks/000012/       a run folder of its own, made when the task starts; its run id is <sweep id>.000012
 """
 
 from __future__ import annotations
@@ -55,6 +59,10 @@ _SPARE_BYTES = 8192
 logger = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"^.+-\d{8}-\d{6}-[0-9a-f]{4}$")
+"""Of a run, or a sweep; a sweep's task has its number, in six digits, after a dot."""
+
+_TASK = re.compile(r"^\d{6}$")
+_TASKS = "tasks"
 
 
 def utc_now() -> str:
@@ -83,7 +91,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_id = path.name
+        task = self.sweep_task
+        self.run_id = path.name if task is None else f"{path.parent.parent.name}.{path.name}"
 
     @classmethod
     def create(cls, runs_root: Path, job_name: str) -> RunFolder:
@@ -103,6 +112,43 @@ class RunFolder:
             for sub in (folder.logs, folder.checkpoints, folder.control):
                 sub.mkdir()
             return folder
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether this is the folder of a sweep. Looks at the disk."""
+        return self.sweep_json.is_file()
+
+    @property
+    def sweep_task(self) -> int | None:
+        """The number of the sweep's task whose folder this is; None for a run, or a sweep. By the path alone."""
+        is_task = _TASK.match(self.path.name) and self.path.parent.name == _TASKS
+        return int(self.path.name) if is_task and RUN_ID.match(self.path.parent.parent.name) else None
+
+    @property
+    def sweep(self) -> RunFolder | None:
+        """The sweep that this task belongs to; None for a run, or a sweep."""
+        return None if self.sweep_task is None else RunFolder(self.path.parent.parent)
+
+    @property
+    def top(self) -> RunFolder:
+        """The folder that lies under <runs root>/<job name>: the task's sweep, else this one."""
+        return self.sweep or self
+
+    def task(self, number: int) -> RunFolder:
+        """The folder of a sweep's task, whether it is there yet or not."""
+        return RunFolder(self.path / _TASKS / f"{number:06d}")
+
+    def tasks(self) -> list[RunFolder]:
+        """The folders of a sweep's tasks that have started, by number; empty for a run."""
+        try:
+            names = sorted(name for name in os.listdir(self.path / _TASKS) if _TASK.match(name))
+        except FileNotFoundError:
+            return []
+        return [RunFolder(self.path / _TASKS / name) for name in names]
+
+    @property
+    def sweep_json(self) -> Path:
+        return self.path / "sweep.json"
 
     @property
     def run_toml(self) -> Path:

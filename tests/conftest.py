@@ -20,7 +20,7 @@ import pytest
 from slurm.cluster import Cluster, why_impossible
 
 # Cases of shared clusters stand outside of test files; their asserts are to tell as much.
-pytest.register_assert_rewrite("recovery_cases", "spine")
+pytest.register_assert_rewrite("day_cases", "recovery_cases", "spine")
 
 
 @pytest.fixture(scope="session", autouse=True)
