@@ -29,7 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "site is wrong, 3 the scheduler refused or cannot be reached, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
-    parser.add_argument("--after", metavar="RUN", help="start only when that run has completed")
+    parser.add_argument(
+        "--after",
+        metavar="RUN",
+        action="append",
+        default=[],
+        help="start only when that run has completed; may be given again, for several",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the very script that would be sent; write nothing"
     )
@@ -65,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if planned.preemption.mode != "off":
         print(f"preemption: {sentence(planned, loaded.site, measured)}", file=sys.stderr)
 
-    after = None if args.after is None else common.find_run(args, args.after)
+    after = [common.find_run(args, ref) for ref in args.after]
     submitted = submit(loaded, planned, work_tree, after=after)
     if args.json:
         common.print_json(_document(loaded, planned, submitted.folder.run_id, submitted.folder.path, submitted.job_id))
@@ -77,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> None:
     """Refuse a job that is sure to fail; say on standard error what else is worth knowing."""
-    from cfe_hpc.launch.checks import check
+    from cfe_hpc.launch.checks.checking import check
 
     findings = check(loaded, planned, measured=measured, notes=False)
     errors = [finding.problem for finding in findings if finding.severity == "error"]

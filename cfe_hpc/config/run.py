@@ -68,6 +68,7 @@ class RunSpec(Strict):
     site: Site
     plan: Plan
     provenance: Provenance
+    after: list[str] = Field(default_factory=list, description="folders of the runs that must have completed first")
     origins: dict[str, str] = Field(
         default_factory=dict, description='dotted key to where its value came from: "job.checkpoint.every_steps"'
     )
@@ -77,7 +78,7 @@ class RunSpec(Strict):
         import tomli_w
 
         parts = {"run_id": self.run_id, "job": self.job, "site": self.site, "plan": self.plan}
-        parts |= {"provenance": self.provenance, "origins": self.origins}
+        parts |= {"after": self.after, "provenance": self.provenance, "origins": self.origins}
         # Part by part: whoever submits has the parts' serialisers, and need not build one of the whole.
         return tomli_w.dumps({name: _plain(part) for name, part in parts.items()})
 

@@ -18,11 +18,13 @@ class Backend(Protocol):
     def preview(self, spec: RunSpec, folder: RunFolder) -> str:
         """The text of the script that `submit` would send; touches nothing and needs no scheduler."""
 
-    def submit(self, spec: RunSpec, folder: RunFolder, *, after: RunFolder | None = None) -> str:
-        """Write submission.sh and send it, to start when `after` has ended well; the job id, recorded in control/.
+    def submit(self, spec: RunSpec, folder: RunFolder, *, after: Sequence[RunFolder] = ()) -> str:
+        """Write submission.sh and send it, to start when all runs of `after` have completed; the job id, recorded in
+        control/.
 
         Raises:
             SchedulerError: it was refused, or the scheduler cannot be reached.
+            UsageError: one of `after` has ended otherwise.
         """
 
     def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:

@@ -6,17 +6,22 @@ from typing import Any
 
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["all_jobs", "latest_attempt", "latest_job", "unused_attempt"]
+__all__ = ["all_jobs", "latest_attempt", "latest_job", "records", "unused_attempt"]
 
 
 def all_jobs(folder: RunFolder) -> list[dict[str, Any]]:
     """The run's jobs, oldest first: each with `job_id`, `scheduler` and `attempt_base` at least."""
-    jobs = []
-    record = folder.promised("job")
+    return records(folder, "job")
+
+
+def records(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """What `ranks.successor.record` has written of a kind, oldest first."""
+    found = []
+    record = folder.promised(kind)
     while record is not None:
-        jobs.append(record)
-        record = folder.promised(f"job-{len(jobs)}")
-    return jobs
+        found.append(record)
+        record = folder.promised(f"{kind}-{len(found)}")
+    return found
 
 
 def latest_job(folder: RunFolder) -> dict[str, Any] | None:

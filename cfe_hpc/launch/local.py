@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import SchedulerError, UsageError
+from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.dependencies import awaited, note_dependent
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.process import start_ticks
@@ -35,15 +36,14 @@ class LocalBackend:
         self._rank_command = rank_command
 
     def preview(self, spec: RunSpec, folder: RunFolder) -> str:
-        return self._script(spec, folder, after=None)
+        return self._script(spec, folder)
 
-    def submit(self, spec: RunSpec, folder: RunFolder, *, after: RunFolder | None = None) -> str:
-        if after is not None and after.result() is not None:
-            state = (after.result() or {}).get("state")
-            if state != "COMPLETED":
-                raise UsageError(f"--after: {after.run_id}: ended {state}; requeue it, or submit without --after")
+    def submit(self, spec: RunSpec, folder: RunFolder, *, after: Sequence[RunFolder] = ()) -> str:
+        awaited(after)
         write_atomic(folder.submission_script, self._script(spec, folder, after))
-        return _start(folder, attempt_base=0)
+        job_id = _start(folder, attempt_base=0)
+        note_dependent(after, folder)
+        return job_id
 
     def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:
         return _start(folder, attempt_base=next_attempt)
@@ -68,9 +68,9 @@ class LocalBackend:
     def release(self, job: dict[str, Any]) -> None:
         raise AssertionError("nothing is ever held in a queue here")
 
-    def _script(self, spec: RunSpec, folder: RunFolder, after: RunFolder | None) -> str:
+    def _script(self, spec: RunSpec, folder: RunFolder, after: Sequence[RunFolder] = ()) -> str:
         supervisor = [spec.provenance.python, "-m", "cfe_hpc.launch.supervisor", str(folder.path)]
-        supervisor += [] if after is None else ["--after", str(after.path)]
+        supervisor += [f"--after={each.path}" for each in after]
         supervisor += ["--", *self._rank_command] if self._rank_command else []
         return "\n".join(
             [

@@ -13,10 +13,10 @@ from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from cfe_hpc.config.run import Plan, RunSpec
-from cfe_hpc.errors import ConfigError, Problem, SchedulerError, UsageError
+from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
-from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.queue import queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
@@ -199,11 +199,14 @@ class SlurmBackend:
     def preview(self, spec: RunSpec, folder: RunFolder) -> str:
         return _Executor(spec, folder).script()
 
-    def submit(self, spec: RunSpec, folder: RunFolder, *, after: RunFolder | None = None) -> str:
-        options = [] if after is None else _dependency(after)
+    def submit(self, spec: RunSpec, folder: RunFolder, *, after: Sequence[RunFolder] = ()) -> str:
+        upstream = awaited(after)
+        options = dependency(upstream)
         job = _Executor(spec, folder, options=options).submit(RankTask(str(folder.path)))
         job_id: str = job.job_id
         record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
+        note_dependent(after, folder)
+        keep_up(upstream, options)
         if spec.job.checkpoint.export_epochs is not None:
             log = [_log(folder, "export", ending) or "/dev/null" for ending in ("out", "err")]
             write_atomic(folder.export_script, export_script(spec, folder, log=log))
@@ -238,16 +241,3 @@ def _ask(argv: list[str]) -> Any:
         return run(argv, timeout_s=_TIMEOUT_S, check=False)
     except CommandError as error:
         raise SchedulerError(f"{error}; ask from a machine that has Slurm's commands") from error
-
-
-def _dependency(after: RunFolder) -> list[str]:
-    """Options that start a job when the run `after` has ended well; none when it has already."""
-    result = after.result()
-    if result is not None and result.get("state") == "COMPLETED":
-        return []
-    if result is not None:
-        raise UsageError(f"--after: {after.run_id}: ended {result.get('state')}; requeue it, or submit without --after")
-    job = latest_job(after)
-    if job is None or job.get("scheduler") != "slurm":
-        raise UsageError(f"--after: {after.run_id}: is no Slurm job; submit without --after")
-    return [f"--dependency=afterok:{job['job_id']}", "--kill-on-invalid-dep=yes"]

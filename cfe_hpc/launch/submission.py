@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def preview(loaded: Loaded, planned: Plan, work_tree: WorkTree) -> tuple[RunSpec
     return spec, folder, backend_for(loaded.site.scheduler).preview(spec, folder)
 
 
-def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: RunFolder | None = None) -> Submitted:
-    """Make the run folder, freeze the run in it and send it.
+def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: Sequence[RunFolder] = ()) -> Submitted:
+    """Make the run folder, freeze the run in it and send it, to start when all runs of `after` have completed.
 
     Raises:
         ConfigError: the runs root cannot be written.
@@ -50,7 +51,7 @@ def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: RunFold
     except OSError as error:
         raise ConfigError([_unwritable(loaded, runs_root, error)]) from error
     try:
-        spec = _freeze(loaded, planned, work_tree, folder.run_id)
+        spec = _freeze(loaded, planned, work_tree, folder.run_id, after)
         spec.write(folder.run_toml)
         job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
     except BaseException:
@@ -60,7 +61,9 @@ def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: RunFold
     return Submitted(folder=folder, job_id=job_id, spec=spec)
 
 
-def _freeze(loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str) -> RunSpec:
+def _freeze(
+    loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str, after: Sequence[RunFolder] = ()
+) -> RunSpec:
     # The parts have been validated; building a validator of the whole would cost as much as all of theirs.
     return RunSpec.model_construct(
         run_id=run_id,
@@ -68,6 +71,7 @@ def _freeze(loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str) -> 
         site=loaded.site,
         plan=planned,
         provenance=provenance(loaded, work_tree),
+        after=[str(folder.path) for folder in after],
         origins=dict(loaded.origins),
     )
 

@@ -191,11 +191,14 @@ def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attemp
     write_result(folder, state, attempts=attempt + 1, reason=reason)
 
 
-def _wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> bool:
-    """Wait until the run `after` has ended; whether it ended well and nobody cancelled this one meanwhile."""
-    while after.result() is None and folder.promised("cancel") is None:
+def _wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> str | None:
+    """Wait until the run `after` has ended; why this one cannot start, or None when it can."""
+    while (result := after.result()) is None and folder.promised("cancel") is None:
         signal.sigtimedwait(_WAITED_FOR, poll_s)
-    return folder.promised("cancel") is None and (after.result() or {}).get("state") == "COMPLETED"
+    if folder.promised("cancel") is not None:
+        return "cancelled by the user"
+    state = (result or {}).get("state")
+    return None if state == "COMPLETED" else f"never started: {after.run_id}, which it waits for, ended {state}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,16 +206,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     parser = argparse.ArgumentParser(prog="cfe_hpc.launch.supervisor", description="Run a run folder on this machine.")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--after", type=Path, metavar="RUN_DIR", help="start when that run has completed")
+    parser.add_argument(
+        "--after", type=Path, action="append", default=[], metavar="RUN_DIR", help="start when that run has completed"
+    )
     parser.add_argument("rank_command", nargs="*", help="what a rank runs (after --); the package's own when left out")
     args = parser.parse_args(argv)
     log.configure()
     adopt_orphans()
     folder = RunFolder(args.run_dir)
     spec = RunSpec.read(folder.run_toml)
-    if args.after is not None and not _wait_for(RunFolder(args.after), folder, spec.site.slurm.poll_interval):
-        _write_end(folder, "CANCELLED", attempt=-1, reason=f"{args.after.name}, which it waits for, did not complete")
-        return 1
+    for after in args.after:
+        why_not = _wait_for(RunFolder(after), folder, spec.site.slurm.poll_interval)
+        if why_not is not None:
+            _write_end(folder, "CANCELLED", attempt=-1, reason=why_not)
+            return 1
     command = args.rank_command or [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks", str(folder.path)]
     first_attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0"))
     code = supervise(folder, spec, first_attempt=first_attempt, rank_command=command)

@@ -19,7 +19,16 @@ from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["PICKLES", "TASK_PICKLE", "clean_environment", "record_job", "send", "send_export", "submit_successor"]
+__all__ = [
+    "PICKLES",
+    "TASK_PICKLE",
+    "clean_environment",
+    "record",
+    "record_job",
+    "send",
+    "send_export",
+    "submit_successor",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +135,15 @@ def _refusal(error: CommandError) -> SchedulerError:
 
 def record_job(folder: RunFolder, **facts: object) -> None:
     """Write a job of the run to control/job, or the next free control/job-<k> when there is one already."""
-    name, successors = "job", 0
+    record(folder, "job", **facts)
+
+
+def record(folder: RunFolder, kind: str, **facts: object) -> None:
+    """Write control/<kind>, or the next free control/<kind>-<k> when there is one already. Raises OSError."""
+    name, earlier = kind, 0
     while not folder.promise(name, **facts):
-        successors += 1
-        name = f"job-{successors}"
+        earlier += 1
+        name = f"{kind}-{earlier}"
 
 
 def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> str:

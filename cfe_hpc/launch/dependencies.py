@@ -1,0 +1,81 @@
+"""Runs that start when others have completed: what Slurm is told of it, and what the run folders remember of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cfe_hpc.errors import UsageError
+from cfe_hpc.launch.jobs import latest_job, records
+from cfe_hpc.ranks.dependents import move_dependents
+from cfe_hpc.ranks.successor import record
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["awaited", "dependency", "dependents", "keep_up", "note_dependent"]
+
+
+def awaited(after: Iterable[RunFolder], *, asked: str = "--after: ") -> list[RunFolder]:
+    """Those of the runs that have not completed yet, each once.
+
+    Args:
+        asked: what the message of an error begins with: who wants to wait.
+
+    Raises:
+        UsageError: one has ended otherwise: whoever waits for it would wait for ever.
+    """
+    waiting = {folder.path: folder for folder in after}
+    for path, folder in list(waiting.items()):
+        result = folder.result()
+        state = None if result is None else result.get("state")
+        if state == "COMPLETED":
+            del waiting[path]
+        elif state is not None:
+            raise UsageError(f"{asked}{folder.run_id}: ended {state}; requeue it, or submit without --after")
+    return list(waiting.values())
+
+
+def dependency(upstream: Sequence[RunFolder]) -> list[str]:
+    """Options of sbatch for a job that starts when these runs, none of which has ended, have completed.
+
+    Raises:
+        UsageError: one of them is no Slurm job.
+    """
+    return [f"--dependency=afterok:{':'.join(map(_job_id, upstream))}", "--kill-on-invalid-dep=yes"] if upstream else []
+
+
+def _job_id(folder: RunFolder) -> str:
+    job = latest_job(folder)
+    if job is None or job.get("scheduler") != "slurm":
+        raise UsageError(f"--after: {folder.run_id}: is no Slurm job; submit without --after")
+    return str(job["job_id"])
+
+
+def keep_up(upstream: Sequence[RunFolder], options: Sequence[str]) -> None:
+    """Move what was just sent with `options`, as `dependency` made them, to the successors that were sent meanwhile.
+
+    Whoever sends a successor moves the jobs that he sees waiting, after he has recorded it: one of the two sees the
+    other.
+
+    Raises:
+        SchedulerError: Slurm refused.
+    """
+    for folder, before in zip(upstream, options[0].partition(":")[2].split(":") if options else (), strict=False):
+        with contextlib.suppress(UsageError):
+            now = _job_id(folder)
+            if now != before:
+                move_dependents(before, now)
+
+
+def note_dependent(upstream: Iterable[RunFolder], folder: RunFolder) -> None:
+    """Have each of the runs remember that `folder` starts after it. One that cannot be written is passed over: it is
+    somebody else's, and only `requeue` would look there."""
+    for each in upstream:
+        with contextlib.suppress(OSError):
+            record(each, "dependent", run_dir=str(folder.path))
+
+
+def dependents(folder: RunFolder) -> list[RunFolder]:
+    """The runs that were submitted to start after this one, oldest first, as far as their folders are still there."""
+    paths = dict.fromkeys(Path(str(each.get("run_dir"))) for each in records(folder, "dependent"))
+    return [RunFolder(path) for path in paths if (path / "run.toml").is_file()]
