@@ -53,6 +53,7 @@ class Problem:
         what: what is wrong, lower case, without the value.
         value: the offending value as the user would write it; None when there is none to show.
         remedy: what to do about it.
+        check: id of the check that found it, see `config.checks`; "" where the error's kind tells enough.
     """
 
     file: str
@@ -60,6 +61,7 @@ class Problem:
     what: str
     remedy: str
     value: Any = None
+    check: str = ""
 
     def __str__(self) -> str:
         """`<file>: <key>: <what is wrong> (<value>); <what to do>`, on one line."""

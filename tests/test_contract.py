@@ -15,7 +15,7 @@ from cfe_hpc.cli.main import main
 from cfe_hpc.config.load import load
 from cfe_hpc.config.run import Plan
 from cfe_hpc.config.site import Preemption, Site
-from cfe_hpc.launch.checks import check
+from cfe_hpc.launch.checks.checking import check
 from cfe_hpc.launch.history import find_measured, plan_with_history
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.recovery.contract import exit_in_grace, fits, sentence

@@ -10,7 +10,7 @@ from cfe_hpc.cli import common
 if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Plan
-    from cfe_hpc.launch.checks import Finding
+    from cfe_hpc.launch.checks.checking import Finding
     from cfe_hpc.recovery.measured import Measured
 
 __all__ = ["configure", "plan_rows", "run"]
@@ -23,12 +23,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(warnings included), 1 a check found an error, 2 job or site is wrong, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
+    common.add_ignore_argument(parser)
     common.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print plan and findings."""
-    from cfe_hpc.launch.checks import check, cost_of_attempt
+    from cfe_hpc.launch.checks.checking import check, cost_of_attempt
     from cfe_hpc.launch.history import plan_with_history
     from cfe_hpc.recovery.contract import sentence
 

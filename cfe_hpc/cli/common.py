@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
+    "add_ignore_argument",
     "add_job_arguments",
     "add_json_argument",
     "add_run_argument",
@@ -54,6 +55,17 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ignore_argument(parser: argparse.ArgumentParser) -> None:
+    """`--ignore`, beside `add_job_arguments`: `load_job` adds it to the job's own `checks.ignore`."""
+    parser.add_argument(
+        "--ignore",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="a check whose findings do not matter here, see docs/checks.md; may be given again",
+    )
+
+
 def add_run_argument(parser: argparse.ArgumentParser, *, optional: bool = False, several: bool = False) -> None:
     """`RUN`: `args.run`, a text (a list of them with `several`), and `--site`. Read with `find_run`."""
     nargs = "*" if several and optional else "+" if several else "?" if optional else None
@@ -68,14 +80,30 @@ def add_run_argument(parser: argparse.ArgumentParser, *, optional: bool = False,
 
 
 def load_job(args: argparse.Namespace) -> Loaded:
-    """The job of `add_job_arguments`.
+    """The job of `add_job_arguments`, and of `add_ignore_argument` where the verb has it.
 
     Raises:
-        ConfigError: holds every problem of job, site, environment and --set.
+        ConfigError: holds every problem of job, site, environment and --set; or of --ignore.
     """
     from cfe_hpc.config.load import load
 
-    return load(args.job, args.site, args.set, os.environ)
+    loaded = load(args.job, args.site, args.set, os.environ)
+    ignored: list[str] = getattr(args, "ignore", [])
+    return _ignoring(loaded, ignored) if ignored else loaded
+
+
+def _ignoring(loaded: Loaded, ids: list[str]) -> Loaded:
+    from dataclasses import replace
+
+    from cfe_hpc.config.checks import ignore_problems
+    from cfe_hpc.errors import ConfigError
+
+    problems = list(ignore_problems(ids, file="--ignore", key=""))
+    if problems:
+        raise ConfigError(problems)
+    checks = loaded.job.checks.model_copy(update={"ignore": [*loaded.job.checks.ignore, *ids]})
+    job = loaded.job.model_copy(update={"checks": checks})
+    return replace(loaded, job=job, origins={**loaded.origins, "job.checks.ignore": "--ignore"})
 
 
 def roots(args: argparse.Namespace) -> list[Path]:

@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "site is wrong, 3 the scheduler refused or cannot be reached, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
+    common.add_ignore_argument(parser)
     parser.add_argument(
         "--after",
         metavar="RUN",
@@ -91,7 +92,7 @@ def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> No
         raise ImpossibleError(errors)
     for finding in findings:
         if finding.severity == "warning":
-            print(f"warning: {finding.problem}", file=sys.stderr)
+            print(f"warning: {finding.problem} [{finding.id}]", file=sys.stderr)
 
 
 def _document(loaded: Loaded, planned: Plan, run_id: str, run_dir: Path, job_id: str | None) -> dict[str, Any]:

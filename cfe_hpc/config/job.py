@@ -7,8 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cfe_hpc.config.base import DurationS, NoTruth, SizeBytes, Strict
+from cfe_hpc.config.node_environment import Environment
 
-__all__ = ["Accelerator", "Checkpoint", "Engine", "Job", "Launch", "Metrics", "Recovery", "Resources"]
+__all__ = [
+    "Accelerator",
+    "Checkpoint",
+    "Checks",
+    "Engine",
+    "Job",
+    "Launch",
+    "Metrics",
+    "Recovery",
+    "Resources",
+    "Snapshot",
+]
 
 Accelerator = Literal["cuda", "hpu", "cpu"]
 
@@ -46,6 +58,9 @@ class Resources(Strict):
     account: str | None = Field(None, description="account to bill", examples=['"proj1"'])
     qos: str | None = Field(None, description="quality of service", examples=['"normal"'])
     constraint: str | None = Field(None, description="node features, as the scheduler spells them", examples=['"h200"'])
+    cost_max: float | None = Field(
+        None, gt=0, description="most that one full attempt may cost, in the site's currency", examples=["100.0"]
+    )
 
 
 class Launch(Strict):
@@ -224,6 +239,16 @@ class Recovery(Strict):
     )
 
 
+class Checks(Strict):
+    """`[checks]`: what is looked at before the job is sent."""
+
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="ids of checks whose findings do not matter here",
+        examples=['["git-dirty"]'],
+    )
+
+
 class Metrics(Strict):
     """`[metrics]`: where figures go while the run trains."""
 
@@ -237,6 +262,26 @@ class Metrics(Strict):
         None, description="URL of an OpenTelemetry collector", examples=['"http://collector:4318"']
     )
     every_steps: int = Field(1, ge=1, description="steps from one heartbeat line to the next", examples=["100"])
+
+
+class Snapshot(Strict):
+    """`[snapshot]`: the code as it is at submission, kept for every attempt of the run."""
+
+    mode: Literal["auto", "off"] = Field(
+        "auto",
+        description='"auto": ranks start in a copy of the git work tree that the job is submitted from, if there is '
+        'one; "off": in the folder itself, as it is by then',
+        examples=['"off"'],
+    )
+    size_max: SizeBytes = Field(
+        100 * 10**6, description="most that a copy may hold; more is refused", examples=['"500MB"']
+    )
+    untracked_max: SizeBytes = Field(
+        10**6,
+        description="files that git does not track are copied up to this size each; larger ones stay where they are, "
+        "and are reached through a link",
+        examples=['"10MB"'],
+    )
 
 
 class Job(Strict):
@@ -266,6 +311,9 @@ class Job(Strict):
     checkpoint: Checkpoint = Field({}, validate_default=True)
     recovery: Recovery = Field({}, validate_default=True)
     metrics: Metrics = Field({}, validate_default=True)
+    environment: Environment = Field({}, validate_default=True)
+    snapshot: Snapshot = Field({}, validate_default=True)
+    checks: Checks = Field({}, validate_default=True)
     params: dict[str, Any] = Field(
         default_factory=dict, description="handed to the entry, which validates them", examples=["{ lr = 0.001 }"]
     )

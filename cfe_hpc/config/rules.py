@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from cfe_hpc.config.checks import ignore_problems
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.layers import dotted
 from cfe_hpc.config.nearest import nearest
+from cfe_hpc.config.node_environment import environment_problems
 from cfe_hpc.config.problems import toml_value
 from cfe_hpc.config.site import Site
 from cfe_hpc.config.template import missing_parameters
@@ -84,9 +86,9 @@ def text_problems(tree: Mapping[str, Any], origin: Callable[[Path], str]) -> Ite
 
 
 def _reporter(origin: Callable[[Path], str]) -> Report:
-    def report(path: Path, what: str, remedy: str, value: Any = None) -> Problem:
+    def report(path: Path, what: str, remedy: str, value: Any = None, *, check: str = "schema") -> Problem:
         shown = None if value is None else toml_value(value)
-        return Problem(file=origin(path), key=dotted(path), what=what, value=shown, remedy=remedy)
+        return Problem(file=origin(path), key=dotted(path), what=what, value=shown, remedy=remedy, check=check)
 
     return report
 
@@ -112,10 +114,14 @@ def job_problems(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
         remedy = 'set launcher = "torchrun", or raise recovery.failures instead'
         yield report(("launch", "restarts"), "only torchrun restarts ranks", remedy, job.launch.restarts)
     yield from _variable_problems(job.launch.environment, ("launch", "environment"), report)
+    yield from _variable_problems(job.environment.variables, ("environment", "variables"), report)
+    yield from environment_problems(job.environment, ("environment",), report)
     yield from _deepspeed_problems(job.engine.deepspeed, report)
     for key in ("pushgateway", "otlp_endpoint"):
         yield from _url_problems(getattr(job.metrics, key), ("metrics", key), report)
     yield from _tier_problems(job, report)
+    if job.checks.ignore:
+        yield from ignore_problems(job.checks.ignore, file=origin(("checks", "ignore")), key="checks.ignore")
 
 
 def _tier_problems(job: Job, report: Report) -> Iterator[Problem]:
@@ -138,9 +144,9 @@ def _tier_problems(job: Job, report: Report) -> Iterator[Problem]:
     if "@" in rest.partition("/")[0]:
         # Without the value, as for other URLs.
         remedy = "take them out; fsspec reads credentials from the environment and from its own configuration"
-        yield report((*path, "remote"), "holds a user or a password", remedy)
+        yield report((*path, "remote"), "holds a user or a password", remedy, check="secret-in-address")
     elif not (separator and re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and rest.strip("/")):
-        yield report((*path, "remote"), "is no URL", "write for example s3://bucket/checkpoints", url)
+        yield report((*path, "remote"), "is no URL", "write for example s3://bucket/checkpoints", url, check="address")
 
 
 def _command_problems(job: Job, report: Report) -> Iterator[Problem]:
@@ -148,7 +154,8 @@ def _command_problems(job: Job, report: Report) -> Iterator[Problem]:
         for name in missing_parameters(word, job.params):
             near = nearest(name, job.params)
             hint = f"did you mean {{params.{near}}}?" if near else f"add {name} to [params]"
-            yield report(("command", index), f"asks for a parameter that is not in [params]: {name}", hint, word)
+            what = f"asks for a parameter that is not in [params]: {name}"
+            yield report(("command", index), what, hint, word, check="command-parameter")
     if job.command and not job.command[0]:
         yield report(("command", 0), "is empty", "name the program to run")
 
@@ -160,7 +167,8 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any], report: Report) -> Iterato
         for part in parts:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
-            yield report(("engine", "deepspeed", *parts), "is written by cfe_hpc", f"take it out and {remedy}", value)
+            key = ("engine", "deepspeed", *parts)
+            yield report(key, "is written by cfe_hpc", f"take it out and {remedy}", value, check="deepspeed-owned")
     if deepspeed.get("steps_per_print") == 0:
         # DeepSpeed 0.19.8 divides by it in the first step.
         path = ("engine", "deepspeed", "steps_per_print")
@@ -192,10 +200,10 @@ def _url_problems(url: str | None, path: Path, report: Report) -> Iterator[Probl
     if "@" in url.partition("://")[2].partition("/")[0]:
         # Without the value: it would land in terminals and logs, and in run.toml if it were let through.
         remedy = "take them out; CFE_PUSHGATEWAY_USER and CFE_PUSHGATEWAY_PASSWORD hold the gateway's"
-        yield report(path, "holds a user or a password", remedy)
+        yield report(path, "holds a user or a password", remedy, check="secret-in-address")
         return
     if not good:
-        yield report(path, "is no URL", "write for example http://host:9091", url)
+        yield report(path, "is no URL", "write for example http://host:9091", url, check="address")
 
 
 def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem]:
@@ -217,6 +225,7 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
     yield from _word_problems(site.network.interface, ("network", "interface"), report)
     yield from _variable_problems(site.network.environment, ("network", "environment"), report)
     yield from _variable_problems(site.environment.variables, ("environment", "variables"), report)
+    yield from environment_problems(site.environment, ("environment",), report)
     for key in ("pushgateway", "otlp_endpoint"):
         yield from _url_problems(getattr(site.metrics, key), ("metrics", key), report)
     if not site.storage.runs_root.strip():

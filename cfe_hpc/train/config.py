@@ -99,24 +99,30 @@ def read_params(table: Mapping[str, Any], *, file: str, origins: Mapping[str, st
         found = translate(error.errors(include_url=False), _Table, origin)
         raise ConfigError([problem for _, problem in found]) from error
     problems = [
-        Problem(file=origin(("params", name)), key=f"params.{name}", what=what, value=value, remedy=remedy)
-        for name, what, value, remedy in _conflicts(params)
+        Problem(file=origin(("params", name)), key=f"params.{name}", what=what, value=value, remedy=remedy, check=check)
+        for name, what, value, remedy, check in _conflicts(params)
     ]
     if problems:
         raise ConfigError(problems)
     return params
 
 
-def _conflicts(params: Params) -> Iterator[tuple[str, str, Any, str]]:
-    """(key, what is wrong, value, remedy) of values that are good each but not together."""
+def _conflicts(params: Params) -> Iterator[tuple[str, str, Any, str, str]]:
+    """(key, what is wrong, value, remedy, check) of values that are good each but not together."""
     if params.d_model % params.heads:
-        yield "d_model", f"does not divide by heads = {params.heads}", params.d_model, "change one of them"
+        yield (
+            "d_model",
+            f"does not divide by heads = {params.heads}",
+            params.d_model,
+            "change one of them",
+            "head-dimensions",
+        )
     elif params.head_dim % 2:
         remedy = "choose heads so that d_model / heads is even: positions rotate pairs"
-        yield "heads", f"gives heads of odd width {params.head_dim}", params.heads, remedy
+        yield "heads", f"gives heads of odd width {params.head_dim}", params.heads, remedy, "head-dimensions"
     if params.warmup_steps > params.steps:
         remedy = f"warm up within the run's {params.steps} steps"
-        yield "warmup_steps", "is longer than the run", params.warmup_steps, remedy
+        yield "warmup_steps", "is longer than the run", params.warmup_steps, remedy, "schema"
 
 
 def grad_accum_steps(params: Params, *, world_size: int, file: str) -> int:
@@ -129,9 +135,9 @@ def grad_accum_steps(params: Params, *, world_size: int, file: str) -> int:
     if rest or accum == 0:
         remedy = f"make it a multiple of {params.micro_batch * world_size} or change micro_batch"
         what = f"does not divide among {world_size} ranks with micro_batch = {params.micro_batch}"
-        raise ConfigError(
-            [Problem(file=file, key="params.global_batch", what=what, value=params.global_batch, remedy=remedy)]
-        )
+        value = params.global_batch
+        problem = Problem(file=file, key="params.global_batch", what=what, value=value, remedy=remedy, check="batch")
+        raise ConfigError([problem])
     return accum
 
 
