@@ -33,7 +33,7 @@ SET = "--set"
 
 PRECEDENCE: tuple[tuple[str, str], ...] = (
     ("package defaults", "what the reference names as the default of a key; shown as `default`"),
-    ("site", "values of the site profile that stand in for the job's own: [metrics]"),
+    ("site", "values of the site profile that stand in for the job's own: [metrics] and [environment]"),
     ("job", "the job file"),
     ("CFE_* environment", "the variables that docs/configuration.md lists, of the shell that submits"),
     ("--set", "KEY=VALUE of the command line; of two for one key the later one"),
@@ -143,6 +143,7 @@ def _job(
     layers = Layers(file)
     if site is not None:
         layers.lay({"metrics": site.metrics.model_dump(exclude_none=True)}, site_file)
+        layers.lay({"environment": site.environment.model_dump(exclude_unset=True)}, site_file)
     layers.lay(read_toml(path, shown_as=file), file)
     for variable, table in environment_layers(environ, layers.tree, problems):
         layers.lay(table, variable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,13 +48,30 @@ class Provenance(Strict):
     user: str
     host: str
     time: str = Field(description="of submission: RFC 3339, UTC")
-    workdir: str = Field(description="folder the job was submitted from; ranks start in it")
-    python: str = Field(description="interpreter of the ranks")
+    workdir: str = Field(description="folder the job was submitted from; ranks start in it, or in its copy")
+    python: str = Field(description="interpreter of the ranks; in a container, as it is named there")
+    host_python: str | None = Field(
+        None, description="interpreter of the batch script, outside of the ranks' container; `python` when None"
+    )
     job_file: str
     site_file: str
     git_commit: str | None = Field(None, description="HEAD of the work tree in workdir")
     git_diff_sha256: str | None = Field(None, description="of `git diff HEAD`; None when clean or no work tree")
+    work_tree: str | None = Field(None, description="top of the git work tree that workdir lies in, if it was copied")
+    snapshot: str | None = Field(None, description="the copy of work_tree that ranks run; none when None")
     versions: dict[str, str] = Field(default_factory=dict, description="of the packages that matter, as installed")
+
+    @property
+    def start_folder(self) -> str:
+        """Where ranks start: workdir, or what stands for it in the snapshot."""
+        if self.snapshot is None or self.work_tree is None:
+            return self.workdir
+        return os.path.normpath(os.path.join(self.snapshot, os.path.relpath(self.workdir, self.work_tree)))
+
+    @property
+    def batch_python(self) -> str:
+        """The interpreter of what runs outside of the ranks' container: batch script, supervisor, export."""
+        return self.host_python or self.python
 
 
 def _plain(part: Any) -> Any:

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from cfe_hpc.config.base import DurationS, SizeBytes, Strict
 from cfe_hpc.config.job import Accelerator
+from cfe_hpc.config.node_environment import Environment
 from cfe_hpc.errors import ConfigError, Problem
 
 __all__ = [
     "Cost",
-    "Environment",
     "Hardware",
     "Network",
     "Partition",
@@ -200,25 +200,6 @@ class Storage(Strict):
     quota_files: int | None = Field(None, ge=1, description="files that one may have there", examples=["1_000_000"])
     quota_command: str | None = Field(
         None, min_length=1, description="what prints one's quota, in a shell", examples=['"showquota"']
-    )
-
-
-class Environment(Strict):
-    """`[environment]`: what a node needs before Python starts."""
-
-    modules: list[str] = Field(
-        default_factory=list, description="environment modules to load", examples=['["cuda/12.4"]']
-    )
-    setup: list[str] = Field(
-        default_factory=list, description="shell lines run before srun, as they stand", examples=['["ulimit -c 0"]']
-    )
-    variables: dict[str, str] = Field(
-        default_factory=dict, description="variables set for every rank", examples=['{ PT_HPU_LAZY_MODE = "0" }']
-    )
-    python: str | None = Field(
-        None,
-        description="interpreter on the nodes; the submitting one when left out",
-        examples=['"/opt/venv/bin/python"'],
     )
 
 
