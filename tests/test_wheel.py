@@ -44,6 +44,7 @@ def test_wheel_holds_every_job_and_site_and_no_test(wheel: Path) -> None:
     for kind in ("jobs", "site_configs"):
         wanted = {f"cfe_hpc/shipped/{kind}/{path.name}" for path in (REPOSITORY / kind).glob("*.toml")}
         assert wanted and wanted <= names
+    assert {f"cfe_hpc/config/schemas/{kind}.json" for kind in ("job", "site")} <= names
     assert not [name for name in names if name.startswith("tests")]
 
 

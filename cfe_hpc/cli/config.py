@@ -1,4 +1,5 @@
-"""`config show JOB`: a job as resolved from all its layers. `config precedence`: what the layers are."""
+"""`config show JOB`: a job as resolved from all its layers. `config precedence`: what the layers are. `config schema`:
+what files may hold, for editors."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     precedence = actions.add_parser("precedence", help="the layers, in order, and the variables", allow_abbrev=False)
     precedence.description = "Print the layers of a job's values, each winning over those before it."
     common.add_json_argument(precedence)
+    schema = actions.add_parser("schema", help="the JSON Schema of job files or site profiles", allow_abbrev=False)
+    schema.description = "Print the JSON Schema of job files or site profiles: editors complete and check TOML by it."
+    schema.add_argument("kind", choices=["job", "site"], help="of which files")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    return _show(args) if args.action == "show" else _precedence(args)
+    action = {"show": _show, "precedence": _precedence, "schema": _schema}[args.action]
+    return action(args)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -55,4 +60,11 @@ def _precedence(args: argparse.Namespace) -> int:
     print("\nVariables of the CFE_* layer:")
     for name, meaning in HONOURED.items():
         print(f"  {name:<18}  {meaning}")
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from cfe_hpc.config.schema import schema_text
+
+    print(schema_text(args.kind), end="")
     return 0

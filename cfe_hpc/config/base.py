@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from cfe_hpc.units import format_duration, parse_duration_s, parse_size_bytes
 
-__all__ = ["DurationS", "NoTruth", "SizeBytes", "Strict", "spelt", "unit_of"]
+__all__ = ["DURATION", "SIZE", "DurationS", "NoTruth", "SizeBytes", "Strict", "spelt", "unit_of"]
 
 
 def _duration_s(value: Any) -> float:
@@ -23,6 +23,9 @@ def _size_bytes(value: Any) -> int:
         raise ValueError('not a size: write for example "64GiB", in quotes')
     return parse_size_bytes(value)
 
+
+DURATION, SIZE = _duration_s, _size_bytes
+"""What reads the values of the two types below."""
 
 DurationS = Annotated[float, BeforeValidator(_duration_s)]
 """Seconds; written as "4h", "90m", "45s" or a number of seconds."""
