@@ -12,9 +12,11 @@ from typing import Any
 
 __all__ = [
     "epoch_s",
+    "format_count",
     "format_duration",
     "format_seconds",
     "format_size",
+    "parse_count",
     "parse_duration_s",
     "parse_size_bytes",
     "slurm_time",
@@ -23,6 +25,7 @@ __all__ = [
 _DURATION_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|[wdhms])", re.IGNORECASE | re.ASCII)
 _SLURM_CLOCK = re.compile(r"^(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?$", re.ASCII)
+_COUNT = re.compile(r"^(\d+(?:\.\d+)?)([KMBT]?)$", re.ASCII)
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*$", re.IGNORECASE | re.ASCII)
 
 
@@ -113,6 +116,28 @@ def parse_size_bytes(text: str | int) -> int:
     base = 1000 if byte and not binary else 1024
     exponent = " kmgtp".index(prefix.lower() or " ")
     return round(float(number) * float(base**exponent))
+
+
+def parse_count(text: str) -> int:
+    """A number of things as people say it: "350M" is 350 million, "7B" 7 thousand million.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    match = _COUNT.match(text)
+    if not match:
+        raise ValueError('not a number: write for example "350M" or "7B"')
+    return round(float(match[1]) * 1000.0 ** " KMBT".index(match[2] or " "))
+
+
+def format_count(count: float) -> str:
+    """A number of things for people, with three digits or so: 7241732096 is "7.24B"."""
+    value, unit = float(count), ""
+    for unit in ("", "K", "M", "B", "T"):
+        if value < 999.5 or unit == "T":
+            break
+        value /= 1000
+    return f"{value:.3g}{unit}"
 
 
 def format_size(size_bytes: float) -> str:

@@ -44,6 +44,12 @@ class Resources(Strict):
     memory: SizeBytes | None = Field(
         None, description="memory of each node; the site's default when left out", examples=['"64GiB"']
     )
+    model_parameters: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?[KMBT]?$",
+        description="parameters of the model, for the estimate of memory; the training that cfe_hpc ships needs none",
+        examples=['"7B"'],
+    )
     time: DurationS | None = Field(
         None, description="time limit of one attempt; the partition's when left out", examples=['"4h"']
     )
