@@ -20,6 +20,7 @@ __all__ = [
     "add_json_argument",
     "add_run_argument",
     "add_site_argument",
+    "add_sweep_arguments",
     "find_run",
     "load_job",
     "print_json",
@@ -41,9 +42,12 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
 
 
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+def add_job_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """`JOB`, `--site`, `--set`: `args.job`, `args.site`, `args.set`. Read with `load_job`."""
-    parser.add_argument("job", metavar="JOB", help="job file: a path, or the name of one in jobs/ or shipped")
+    nargs = "?" if optional else None
+    parser.add_argument(
+        "job", metavar="JOB", nargs=nargs, help="job file: a path, or the name of one in jobs/ or shipped"
+    )
     add_site_argument(parser)
     parser.add_argument(
         "--set",
@@ -66,6 +70,21 @@ def add_ignore_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--sweep`, `--max-parallel`: `args.sweep`, `args.max_parallel`. Read with `load_job`."""
+    parser.add_argument(
+        "--sweep",
+        metavar="KEY=V1,V2",
+        action="append",
+        default=[],
+        help="run the job once for each value, e.g. params.lr=1e-3,1e-4 or params.seed={range=[0,10]}; given again, "
+        "for every combination; --set sweep.mode=zip or random for another way",
+    )
+    parser.add_argument(
+        "--max-parallel", metavar="N", type=int, help="let at most so many tasks of the sweep run at once"
+    )
+
+
 def add_run_argument(parser: argparse.ArgumentParser, *, optional: bool = False, several: bool = False) -> None:
     """`RUN`: `args.run`, a text (a list of them with `several`), and `--site`. Read with `find_run`."""
     nargs = "*" if several and optional else "+" if several else "?" if optional else None
@@ -85,9 +104,10 @@ def load_job(args: argparse.Namespace) -> Loaded:
     Raises:
         ConfigError: holds every problem of job, site, environment and --set; or of --ignore.
     """
-    from cfe_hpc.config.load import load
+    from cfe_hpc.config.load import load, sweep_table
 
-    loaded = load(args.job, args.site, args.set, os.environ)
+    sweep = sweep_table(getattr(args, "sweep", []), getattr(args, "max_parallel", None))
+    loaded = load(args.job, args.site, args.set, os.environ, sweep=sweep)
     ignored: list[str] = getattr(args, "ignore", [])
     return _ignoring(loaded, ignored) if ignored else loaded
 

@@ -19,15 +19,18 @@ VERBS: dict[str, tuple[str, str]] = {
     "submit": ("submit", "plan a job, check it, and send it to the scheduler"),
     "check": ("check", "plan and check a job without sending it"),
     "status": ("status", "runs, their states, steps and goodput"),
+    "watch": ("watch", "runs, queue and nodes, live in the terminal"),
     "logs": ("logs", "the logs of a run, one rank's or all merged"),
     "report": ("report", "what became of a run, and where its time went"),
     "cancel": ("cancel", "stop a run for good"),
     "requeue": ("requeue", "save a run and put it back in the queue"),
+    "debug": ("debug", "a job's first rank in this terminal, under the debugger or as a shell"),
     "drill": ("drill", "send a run the signals of a preemption, and see whether it survives"),
     "checkpoints": ("checkpoints", "list, verify, compare, prune, pin and export a run's checkpoints"),
     "data": ("data", "build and check token files"),
     "sites": ("sites", "list and show site profiles, compare one with the cluster, write one"),
     "config": ("config", "show a job as resolved, and where each value came from"),
+    "completion": ("completion", "what a shell needs to complete this program's words"),
     "doctor": ("doctor", "what this machine and this cluster can do, and why"),
 }
 

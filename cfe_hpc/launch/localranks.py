@@ -15,7 +15,7 @@ from cfe_hpc.config.run import Plan
 from cfe_hpc.ranks.signals import STOP_SIGNALS
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["LocalRanks", "adopt_orphans"]
+__all__ = ["LocalRanks", "adopt_orphans", "place_variables"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -43,7 +43,7 @@ class LocalRanks:
         common = {"CFE_ATTEMPT": str(attempt), "CFE_JOB_ID": job_id, "CFE_ALLOCATED_S": f"{time.time():.3f}"}
         tasks_per_node = plan.tasks_per_node or plan.devices_per_node
         for task in range(plan.nodes * tasks_per_node):
-            environment = {**os.environ, **_place(plan.nodes, tasks_per_node, task), **common}
+            environment = {**os.environ, **place_variables(plan.nodes, tasks_per_node, task), **common}
             rank = task if plan.launcher == "srun" else f"node{task}"
             stem = folder.logs / folder.log_stem(job_id=job_id, attempt=attempt, rank=rank)
             self._processes.append(_spawn(argv, environment, cwd, stem))
@@ -73,7 +73,7 @@ class LocalRanks:
                 return
 
 
-def _place(nodes: int, tasks_per_node: int, rank: int) -> Mapping[str, str]:
+def place_variables(nodes: int, tasks_per_node: int, rank: int) -> Mapping[str, str]:
     """The variables that tell a task where it stands."""
     node_rank, local_rank = divmod(rank, tasks_per_node)
     return {

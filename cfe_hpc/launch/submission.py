@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.provenance import WorkTree, provenance
 from cfe_hpc.runfolder import RunFolder, new_run_id, safe_name
 
-__all__ = ["Submitted", "preview", "submit"]
+__all__ = ["Submitted", "prepare", "preview", "submit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +44,40 @@ def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: Sequenc
         ConfigError: the runs root cannot be written.
         SchedulerError: it was refused; nothing is left behind.
     """
-    runs_root = _runs_root(loaded)
-    made = [path for path in (runs_root / safe_name(loaded.job.name), runs_root) if not path.exists()]
-    try:
-        folder = RunFolder.create(runs_root, loaded.job.name)
-    except OSError as error:
-        raise ConfigError([_unwritable(loaded, runs_root, error)]) from error
-    try:
+    with _new_folder(loaded, loaded.job.name) as folder:
         spec = _freeze(loaded, planned, work_tree, folder.run_id, after)
         spec.write(folder.run_toml)
         job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
-    except BaseException:
-        _discard(folder, made)
-        raise
     folder.append_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
     return Submitted(folder=folder, job_id=job_id, spec=spec)
+
+
+def prepare(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, name: str) -> tuple[RunSpec, RunFolder]:
+    """A run that is frozen in a folder of its own, under `name` in the runs root, and sent nowhere.
+
+    Raises:
+        ConfigError: the runs root cannot be written.
+    """
+    with _new_folder(loaded, name) as folder:
+        spec = _freeze(loaded, planned, work_tree, folder.run_id)
+        spec.write(folder.run_toml)
+    return spec, folder
+
+
+@contextlib.contextmanager
+def _new_folder(loaded: Loaded, name: str) -> Iterator[RunFolder]:
+    """A new run folder for the body to fill. When that fails nothing is left behind."""
+    runs_root = _runs_root(loaded)
+    made = [path for path in (runs_root / safe_name(name), runs_root) if not path.exists()]
+    folder = None
+    try:
+        folder = RunFolder.create(runs_root, name)
+        yield folder
+    except BaseException as error:
+        _discard(folder, made)
+        if isinstance(error, OSError):
+            raise ConfigError([_unwritable(loaded, runs_root, error)]) from error
+        raise
 
 
 def _freeze(
@@ -90,9 +109,10 @@ def _unwritable(loaded: Loaded, runs_root: Path, error: OSError) -> Problem:
     )
 
 
-def _discard(folder: RunFolder, made: list[Path]) -> None:
+def _discard(folder: RunFolder | None, made: list[Path]) -> None:
     """Remove the folder of a run that never came to be, and the folders above that were made for it."""
-    shutil.rmtree(folder.path, ignore_errors=True)
+    if folder is not None:
+        shutil.rmtree(folder.path, ignore_errors=True)
     for path in made:
         with contextlib.suppress(OSError):  # another run has moved in meanwhile
             path.rmdir()

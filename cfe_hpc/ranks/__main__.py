@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
@@ -23,7 +23,7 @@ from cfe_hpc.recovery.causes import of_exception
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["main"]
+__all__ = ["find_entry", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,10 +104,7 @@ def _run_entry(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
     run = None
     try:
         run = join()
-        # `python -m` has put the starting folder on the path, which need not be where the job was submitted.
-        sys.path.insert(0, spec.provenance.workdir)
-        module, _, function = (spec.job.entry or "").partition(":")
-        getattr(import_module(module), function)(run)
+        find_entry(spec)(run)
         _leave_process_group()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -123,6 +120,15 @@ def _run_entry(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         sys.stderr.flush()
         os._exit(error.exit_code if isinstance(error, CfeError) else 1)
     return 0
+
+
+def find_entry(spec: RunSpec) -> Callable[[Any], Any]:
+    """The function of the job's `entry`, its module imported."""
+    # `python -m` has put the starting folder on the path, which need not be where the job was submitted.
+    sys.path.insert(0, spec.provenance.workdir)
+    module, _, function = (spec.job.entry or "").partition(":")
+    entry: Callable[[Any], Any] = getattr(import_module(module), function)
+    return entry
 
 
 def _leave_process_group() -> None:

@@ -22,7 +22,7 @@ from cfe_hpc.ranks import control
 from cfe_hpc.ranks.env import RankFacts
 from cfe_hpc.ranks.rendezvous import Meeting, await_listener, meet
 
-__all__ = ["Place", "bootstrap", "rank_environment"]
+__all__ = ["Place", "bootstrap", "rank_environment", "rank_variables"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,21 @@ class Place:
         self.device.init_process_group(self.facts)
 
 
-def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[str, str]:
-    """The variables that torch.distributed, DeepSpeed and collective libraries read, for this rank."""
-    variables = {
+def rank_variables(facts: RankFacts) -> dict[str, str]:
+    """The variables that tell this rank's place alone."""
+    return {
         "RANK": str(facts.rank),
         "LOCAL_RANK": str(facts.local_rank),
         "WORLD_SIZE": str(facts.world_size),
         "LOCAL_WORLD_SIZE": str(facts.local_world_size),
         "NODE_RANK": str(facts.node_rank),
+    }
+
+
+def rank_environment(facts: RankFacts, meeting: Meeting, spec: RunSpec) -> dict[str, str]:
+    """The variables that torch.distributed, DeepSpeed and collective libraries read, for this rank."""
+    variables = {
+        **rank_variables(facts),
         "MASTER_ADDR": meeting.address,
         "MASTER_PORT": str(meeting.master_port),
         "CFE_CONTROL_PORT": str(meeting.control_port),

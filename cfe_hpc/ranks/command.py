@@ -35,7 +35,7 @@ from cfe_hpc.recovery import fencing
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["decided", "exit_code", "run_command", "see_through"]
+__all__ = ["command_words", "decided", "exit_code", "program_environment", "run_command", "see_through"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +53,24 @@ def run_command(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
         The status to exit with: the program's own, or 0 when it ended because of a stop and another attempt follows.
     """
     log.configure(rank=facts.rank)
+    return see_through(folder, spec, facts, command_words(spec), program_environment(folder, spec, facts))
+
+
+def command_words(spec: RunSpec) -> list[str]:
+    """The job's command, its [params] filled in."""
     assert spec.job.command is not None
-    argv = [fill_in(word, spec.job.params) for word in spec.job.command]
+    return [fill_in(word, spec.job.params) for word in spec.job.command]
+
+
+def program_environment(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> dict[str, str]:
+    """The whole environment of this rank's program. Collective: the ranks meet, at ports that this process keeps."""
     environment = {
         **os.environ,
         **rank_environment(facts, meet(facts, token=spec.run_id), spec),
         "CFE_RUN_DIR": str(folder.path),
     }
     environment.update(resolve(spec.plan.accelerator).device.environment(facts))
-    return see_through(folder, spec, facts, argv, environment)
+    return environment
 
 
 def see_through(

@@ -15,13 +15,16 @@ from cfe_hpc.ranks.nodelist import expand
 __all__ = ["RankFacts", "read_facts"]
 
 
+Scheduler = Literal["slurm", "local", "none"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
     """One process's place.
 
     Attributes:
         scheduler: who started the attempt: "slurm", our own "local" supervisor, or "none" (a script run by hand,
-            also under torchrun).
+            also under torchrun, and a debug session).
         rank: global rank, 0 to world_size - 1.
         local_rank: rank on this node; also the index of its device among those the job was given here.
         hosts: the node names of the attempt, in the order of node_rank.
@@ -30,7 +33,7 @@ class RankFacts:
         restart: times that a launcher has started the ranks again in this allocation.
     """
 
-    scheduler: Literal["slurm", "local", "none"]
+    scheduler: Scheduler
     rank: int
     local_rank: int
     world_size: int
@@ -85,11 +88,17 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         ) from None
 
 
+def _scheduler(env: Mapping[str, str], *, started_by: Scheduler) -> Scheduler:
+    """Who starts the next attempt: who has started this one, unless a launcher in between or `debug` says otherwise."""
+    known: dict[str | None, Scheduler] = {"slurm": "slurm", "none": "none"}
+    return known.get(env.get("CFE_SCHEDULER"), started_by)
+
+
 def _from_supervisor(env: Mapping[str, str]) -> RankFacts:
     num_nodes = _number(env, "CFE_NUM_NODES", 1)
     hosts = env.get("CFE_HOSTS")
     return RankFacts(
-        scheduler="slurm" if env.get("CFE_SCHEDULER") == "slurm" else "local",
+        scheduler=_scheduler(env, started_by="local"),
         rank=_number(env, "CFE_RANK"),
         local_rank=_number(env, "CFE_LOCAL_RANK"),
         world_size=_number(env, "CFE_WORLD_SIZE"),
@@ -109,7 +118,7 @@ def _from_srun(env: Mapping[str, str]) -> RankFacts:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1)
     tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
     return RankFacts(
-        scheduler="slurm",
+        scheduler=_scheduler(env, started_by="slurm"),
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,

@@ -1,0 +1,244 @@
+"""`debug`: a job small enough to look at, in this terminal, on a node of the site's or on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cfe_hpc.config.load import Loaded
+from cfe_hpc.config.run import Plan, RunSpec
+from cfe_hpc.errors import SchedulerError, UsageError
+from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.backend import backend_for
+from cfe_hpc.launch.jobs import latest_job
+from cfe_hpc.launch.localranks import place_variables
+from cfe_hpc.launch.plan import plan
+from cfe_hpc.launch.script import prologue
+from cfe_hpc.process import start_ticks
+from cfe_hpc.ranks.child import die_with_parent
+from cfe_hpc.ranks.debugging import OVER
+from cfe_hpc.ranks.nodelist import expand
+from cfe_hpc.ranks.successor import clean_environment, record_job
+from cfe_hpc.recovery.result import write_result
+from cfe_hpc.runfolder import RunFolder, safe_name
+from cfe_hpc.units import slurm_time
+
+__all__ = ["Attached", "attach", "attachment", "debug_plan", "hold_session", "session_argv", "session_script", "shrink"]
+
+DEFAULT_TIME_S = 3600.0
+
+_OTHERS_END_S = 10.0
+
+
+def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
+    """The job as a session runs it: on so many ranks, on as few nodes as hold them, in the site's debug partition.
+
+    A partition that the command line names is left alone, and so is one whose devices the debug partition lacks.
+
+    Args:
+        time_s: longest time of the session; an hour when None, or less where the partition allows no more.
+
+    Raises:
+        UsageError: the ranks do not divide among nodes.
+        ConfigError, ImpossibleError: as `launch.plan.plan`.
+    """
+    site, resources = loaded.site, loaded.job.resources
+    launch = loaded.job.launch.model_copy(update={"launcher": "srun", "nodes_min": None, "restarts": 0})
+    # Whoever looks at a rank in the debugger stops them all: that is no hang.
+    recovery = loaded.job.recovery.model_copy(update={"hang_after": 0.0})
+    smallest = resources.model_copy(update={"nodes": 1, "time": None})
+    job = loaded.job.model_copy(update={"launch": launch, "recovery": recovery, "resources": smallest})
+    planned = plan(job, site, loaded.origins)
+    name = planned.partition
+    if site.debug_partition is not None and loaded.origins.get("job.resources.partition") != "--set":
+        there = site.hardware[site.partitions[site.debug_partition].hardware]
+        name = site.debug_partition if there.accelerator == planned.accelerator else name
+    hardware = site.hardware[site.partitions[name].hardware]
+    each = min(ranks, resources.devices_per_node or hardware.devices_per_node, hardware.devices_per_node)
+    if ranks % each:
+        raise UsageError(f"--ranks: {ranks} do not divide among nodes with {each} devices; give a multiple of {each}")
+    wanted = {"nodes": ranks // each, "devices_per_node": each, "partition": name}
+    qos = site.qos.get(resources.qos or site.partitions[name].qos or "")
+    limits = (DEFAULT_TIME_S, site.partitions[name].time_limit, None if qos is None else qos.time_limit)
+    wanted["time"] = min(limit for limit in limits if limit is not None) if time_s is None else time_s
+    return replace(loaded, job=job.model_copy(update={"resources": resources.model_copy(update=wanted)}))
+
+
+def debug_plan(loaded: Loaded) -> Plan:
+    """The plan of a job that `shrink` made. Raises as `launch.plan.plan`."""
+    return plan(loaded.job, loaded.site, loaded.origins)
+
+
+def session_script(spec: RunSpec, folder: RunFolder, *, shell: bool) -> str:
+    """The script of each rank of the session: the job's environment, then the rank."""
+    rank = [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks.debugging", str(folder.path)]
+    return _script(spec, folder, [*rank, *(["--shell"] if shell else [])])
+
+
+def _script(spec: RunSpec, folder: RunFolder, words: Sequence[str]) -> str:
+    lines = [
+        "#!/bin/bash",
+        'export CFE_ALLOCATED_S="$(date +%s.%N)"',
+        *prologue(spec, folder),
+        "export CFE_SCHEDULER=none",  # nobody requeues a session
+        f"cd -- {shlex.quote(spec.provenance.workdir)} || exit 1",
+        f"exec {shlex.join(words)}",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def session_argv(spec: RunSpec, folder: RunFolder) -> list[str]:
+    """What starts the session in this terminal: `srun --pty`, or the script itself on this machine."""
+    script = ["bash", str(folder.submission_script)]
+    if spec.site.scheduler != "slurm":
+        return script
+    plan = spec.plan
+    options = {
+        "job-name": f"{safe_name(spec.job.name)}-debug",
+        "partition": plan.queue,
+        "account": plan.account,
+        "qos": plan.qos,
+        "constraint": plan.constraint,
+        "gres": plan.gres,
+        "mem": None if plan.memory_bytes is None else f"{-(-plan.memory_bytes // 2**20)}M",
+        "time": None if plan.time_s is None else slurm_time(plan.time_s),
+        "nodes": plan.nodes,
+        "ntasks": plan.world_size,
+        "ntasks-per-node": plan.devices_per_node,
+        "cpus-per-task": plan.cpus_per_device,
+        "export": "ALL",
+        "kill-on-bad-exit": 1,
+        "wait": 0,  # another rank that has ended must not end the session
+    }
+    stated = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return ["srun", "--pty", *stated, *plan.options, *script]
+
+
+def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
+    """Hold the session in this terminal until its user ends it, and write down that it has ended.
+
+    Returns:
+        The status of rank 0.
+
+    Raises:
+        SchedulerError: Slurm gave no allocation, or is not there; the folder is gone again.
+    """
+    write_atomic(folder.submission_script, script)
+    argv, environment = session_argv(spec, folder), clean_environment(os.environ)
+    by_slurm = spec.site.scheduler == "slurm"
+    if not by_slurm:
+        facts = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
+        record_job(folder, job_id=f"local-{os.getpid()}", scheduler="local", attempt_base=0, **facts)
+    with _other_ranks(spec, folder, {} if by_slurm else environment):
+        own = {} if by_slurm else _local_environment(spec, 0)
+        code = _in_terminal(argv, {**environment, **own})
+    if latest_job(folder) is None:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise SchedulerError(f"srun: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`")
+    if folder.result() is None:
+        reason = "cancelled by the user" if folder.promised("cancel") else "the debug session has ended"
+        folder.note_event("cancelled", attempt=0, reason=reason)
+        write_result(folder, "CANCELLED", attempts=1, reason=reason)
+    return code
+
+
+def _local_environment(spec: RunSpec, rank: int) -> Mapping[str, str]:
+    place = place_variables(spec.plan.nodes, spec.plan.devices_per_node, rank)
+    return {**place, "CFE_ATTEMPT": "0", "CFE_JOB_ID": f"local-{os.getpid()}"}
+
+
+@contextlib.contextmanager
+def _other_ranks(spec: RunSpec, folder: RunFolder, environment: Mapping[str, str]) -> Iterator[None]:
+    """Without a scheduler: the ranks from 1 on, beside the body; they end with it."""
+    argv, started = session_argv(spec, folder), list[subprocess.Popen[bytes]]()
+    try:
+        for rank in range(1, spec.plan.world_size) if environment else ():
+            # A session of its own: Ctrl-C in this terminal is for rank 0.
+            started.append(
+                subprocess.Popen(
+                    argv,
+                    env={**environment, **_local_environment(spec, rank)},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            )
+        yield
+    finally:
+        folder.note(OVER, "the debug session is over")
+        for process in started:
+            try:
+                process.wait(_OTHERS_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def hear_again() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        die_with_parent()
+
+    try:
+        status = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=hear_again).wait()
+    except FileNotFoundError:
+        raise SchedulerError(
+            f"{argv[0]}: command not found; debug from a machine that has Slurm's commands, or use --site local"
+        ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 128 - status if status < 0 else status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    """How to get a shell beside a rank of a running run.
+
+    Attributes:
+        argv: what starts it in this terminal.
+        node: the rank's node.
+    """
+
+    argv: tuple[str, ...]
+    node: str
+
+
+def attachment(folder: RunFolder, rank: int) -> Attached:
+    """The way to `rank` of a run. Asks the scheduler once.
+
+    Raises:
+        UsageError: the run does not run, or has no such rank.
+        SchedulerError: the scheduler gives no answer.
+    """
+    spec, job = RunSpec.read(folder.run_toml), latest_job(folder)
+    known = None if job is None else backend_for(str(job["scheduler"])).states([job]).get(str(job["job_id"]))
+    if job is None or known is None or known.state != "RUNNING":
+        told = "no job" if known is None else f"{known.state}{known.reason and ', '}{known.reason}"
+        raise UsageError(f"{folder.run_id}: does not run ({told}); see `cfe-hpc status {folder.run_id}`")
+    if not 0 <= rank < spec.plan.world_size:
+        raise UsageError(
+            f"--rank: {folder.run_id} has ranks 0 to {spec.plan.world_size - 1} ({rank}); give one of them"
+        )
+    words = [spec.provenance.python, "-m", "cfe_hpc.ranks.attaching", str(folder.path), "--rank", str(rank)]
+    shell = ["bash", "-c", _script(spec, folder, words)]
+    if job["scheduler"] != "slurm":
+        return Attached(argv=tuple(shell), node=str(job["host"]))
+    nodes = expand(known.nodes)
+    node = nodes[min(rank // spec.plan.devices_per_node, len(nodes) - 1)]
+    step = ["srun", f"--jobid={job['job_id']}", "--overlap", "--pty", "--nodes=1", "--ntasks=1", f"--nodelist={node}"]
+    return Attached(argv=(*step, "--export=ALL", *shell), node=node)
+
+
+def attach(attached: Attached) -> int:
+    """Hold the shell in this terminal until its user leaves it; its status. Raises SchedulerError: srun is missing."""
+    return _in_terminal(attached.argv, clean_environment(os.environ))
