@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "site is wrong, 3 the scheduler refused or cannot be reached, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
+    common.add_sweep_arguments(parser)
     common.add_ignore_argument(parser)
     parser.add_argument(
         "--after",

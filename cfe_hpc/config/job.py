@@ -8,6 +8,7 @@ from pydantic import Field
 
 from cfe_hpc.config.base import DurationS, NoTruth, SizeBytes, Strict
 from cfe_hpc.config.node_environment import Environment
+from cfe_hpc.config.sweep import Sweep
 
 __all__ = [
     "Accelerator",
@@ -320,6 +321,13 @@ class Job(Strict):
     environment: Environment = Field({}, validate_default=True)
     snapshot: Snapshot = Field({}, validate_default=True)
     checks: Checks = Field({}, validate_default=True)
+    stage: list[dict[str, Any]] | None = Field(
+        None,
+        description="makes the job a pipeline: a list of tables, each with a name, what it waits for, and the keys "
+        "that it changes; see pipelines.md",
+        examples=['[{ name = "data" }, { name = "train", after = ["data"] }]'],
+    )
     params: dict[str, Any] = Field(
         default_factory=dict, description="handed to the entry, which validates them", examples=["{ lr = 0.001 }"]
     )
+    sweep: Sweep | None = Field(None)

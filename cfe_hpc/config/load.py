@@ -26,10 +26,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_SITE", "PRECEDENCE", "SET", "Loaded", "load", "load_site"]
+__all__ = ["DEFAULT_SITE", "PRECEDENCE", "SET", "Loaded", "load", "load_site", "sweep_table"]
 
 DEFAULT_SITE = "local"
 SET = "--set"
+SWEEP = "--sweep"
 
 PRECEDENCE: tuple[tuple[str, str], ...] = (
     ("package defaults", "what the reference names as the default of a key; shown as `default`"),
@@ -67,7 +68,13 @@ class Loaded:
 
 
 def load(
-    job_ref: str, site_ref: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    job_ref: str,
+    site_ref: str | None = None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    stage: str | None = None,
+    sweep: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read, lay over one another and check all that makes a job.
 
@@ -76,9 +83,13 @@ def load(
         site_ref: path or name of a site profile; CFE_SITE when None, `local` when that is unset.
         overrides: `KEY=VALUE`, VALUE in TOML, a bare word is text; KEY of the job, or of the site after `site.`.
         environ: where CFE_* are looked up; nowhere when None.
+        stage: the one that is meant of a job with stages.
+        sweep: what the command line says of [sweep], see `sweep_table`; laid below the overrides.
 
     Raises:
         ConfigError: holds every problem of the site, the job, the environment and the overrides.
+        PipelineError: the job has stages, and none was named.
+        UsageError: it has none of that name.
     """
     environ = {} if environ is None else environ
     problems: list[Problem] = []
@@ -87,7 +98,7 @@ def load(
     job_settings = [setting for setting in settings if setting[0][0] != "site"]
     site, site_layers, site_file = _gathered(problems, lambda: _site(site_ref, environ, site_settings, problems))
     job, job_layers, job_file = _gathered(
-        problems, lambda: _job(job_ref, site, site_file, environ, job_settings, problems)
+        problems, lambda: _job(job_ref, site, site_file, environ, job_settings, stage, sweep or {}, problems)
     )
     if problems or job is None or site is None:
         raise ConfigError(problems)
@@ -136,6 +147,8 @@ def _job(
     site_file: str,
     environ: Mapping[str, str],
     settings: Sequence[Setting],
+    stage: str | None,
+    sweep: Mapping[str, Any],
     problems: list[Problem],
 ) -> Parts[Job]:
     path = shipped.resolve(job_ref, "jobs")
@@ -144,16 +157,62 @@ def _job(
     if site is not None:
         layers.lay({"metrics": site.metrics.model_dump(exclude_none=True)}, site_file)
         layers.lay({"environment": site.environment.model_dump(exclude_unset=True)}, site_file)
-    layers.lay(read_toml(path, shown_as=file), file)
+    table = read_toml(path, shown_as=file)
+    if stage is None and "stage" not in table:
+        layers.lay(table, file)
+    else:
+        from cfe_hpc.config.stage import lay_stage  # late: few jobs have stages
+
+        settings = lay_stage(layers, table, stage, file, settings)
     for variable, table in environment_layers(environ, layers.tree, problems):
         layers.lay(table, variable)
-    job = _checked(Job, layers, settings, job_problems, problems)
-    entry, params = layers.tree.get("entry"), layers.tree.get("params", {})
-    if isinstance(entry, str) and entry in PARAMS_CHECKS and isinstance(params, Mapping):
-        module, _, function = PARAMS_CHECKS[entry].partition(":")
-        origins = {f"job.{key}": origin for key, origin in _origin_of(params, layers, ("params",))}
-        getattr(import_module(module), function)(params, file=file, origins=origins)
+    if sweep:
+        layers.lay({"sweep": sweep}, SWEEP)
+
+    def check_params(params: Mapping[str, Any]) -> None:
+        entry = layers.tree.get("entry")
+        if isinstance(entry, str) and entry in PARAMS_CHECKS:
+            module, _, function = PARAMS_CHECKS[entry].partition(":")
+            origins = {f"job.{key}": origin for key, origin in _origin_of(params, layers, ("params",))}
+            getattr(import_module(module), function)(params, file=file, origins=origins)
+
+    def rules(job: Job, origin: Callable[[Path], str]) -> Iterator[Problem]:
+        if job.sweep is None:
+            return job_problems(job, origin)
+        from cfe_hpc.config.sweep_rules import sweep_problems  # late: few jobs are sweeps
+
+        return sweep_problems(job, layers.tree, origin, check_params)
+
+    job = _checked(Job, layers, settings, rules, problems)
+    params = layers.tree.get("params", {})
+    if "sweep" not in layers.tree and isinstance(params, Mapping):
+        check_params(params)
     return job, layers, file
+
+
+def sweep_table(axes: Sequence[str], max_parallel: int | None = None) -> dict[str, Any]:
+    """What `--sweep KEY=V1,V2` and `--max-parallel N` say, as a table for `load`; empty when they say nothing.
+
+    Raises:
+        ConfigError: holds a problem for each text that is no axis.
+    """
+    table: dict[str, Any] = {} if max_parallel is None else {"max_parallel": max_parallel}
+    if not axes:
+        return table
+    from cfe_hpc.config.sweep_rules import parse_axis
+    from cfe_hpc.config.tasks import laid
+
+    problems = []
+    for text in axes:
+        axis = parse_axis(text, _toml_or_text)
+        if axis is None:
+            remedy = "write for example params.lr=0.001,0.0001 or params.seed={range=[0,10]}"
+            problems.append(Problem(file=SWEEP, key="", what="not KEY=V1,V2", value=text, remedy=remedy))
+        else:
+            table = laid(table, ["axes", *axis[0]], axis[1])
+    if problems:
+        raise ConfigError(problems)
+    return table
 
 
 def _parse_setting(text: str, problems: list[Problem]) -> Setting | None:
