@@ -3,6 +3,7 @@
     CfeError                1  anything of ours; a message, never a traceback
     ├── ConfigError         2  a job file, a site profile, an environment variable or --set is wrong
     ├── UsageError          2  the command line, or the thing it names, is wrong
+    │   └── PipelineError   2  the job is a pipeline, and one of its stages must be named
     ├── SchedulerError      3  the scheduler is unreachable or refused
     ├── ImpossibleError     4  well formed, planned, and can never run
     ├── RunFailed           1  a run, a check or a drill failed
@@ -20,7 +21,7 @@ Only `cfe_hpc.cli.main` turns an error into an exit code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "ImpossibleError",
     "NodeUnfit",
     "NonFinite",
+    "PipelineError",
     "Problem",
     "RunFailed",
     "SchedulerError",
@@ -110,6 +112,14 @@ class UsageError(CfeError):
     """The command line names something that is not there or makes no sense."""
 
     exit_code = 2
+
+
+class PipelineError(UsageError):
+    """The job has stages, and none was chosen. `stages`: the names of all, and of those that each waits for."""
+
+    def __init__(self, message: str, stages: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__(message)
+        self.stages = dict(stages)
 
 
 class SchedulerError(CfeError):

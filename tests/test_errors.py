@@ -48,6 +48,6 @@ def test_exit_codes_are_those_of_the_contract() -> None:
         for name, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, CfeError) and not name.startswith("_")
     }
-    others = {"ConfigError": 2, "UsageError": 2, "SchedulerError": 3, "ImpossibleError": 4}
+    others = {"ConfigError": 2, "UsageError": 2, "PipelineError": 2, "SchedulerError": 3, "ImpossibleError": 4}
     assert codes == {name: others.get(name, 1) for name in codes}
     assert set(others) < set(codes)

@@ -22,6 +22,7 @@ __all__ = [
     "add_site_argument",
     "add_sweep_arguments",
     "find_run",
+    "ignoring",
     "load_job",
     "print_json",
     "roots",
@@ -43,7 +44,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """`JOB`, `--site`, `--set`: `args.job`, `args.site`, `args.set`. Read with `load_job`."""
+    """`JOB`, `--site`, `--set`, `--stage`: `args.job`, `args.site`, `args.set`, `args.stage`. Read with `load_job`."""
     nargs = "?" if optional else None
     parser.add_argument(
         "job", metavar="JOB", nargs=nargs, help="job file: a path, or the name of one in jobs/ or shipped"
@@ -57,6 +58,7 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, optional: bool = False
         help="override a value, e.g. resources.nodes=4, params.lr=1e-3 or site.storage.runs_root=/scratch/runs; "
         "may be given again",
     )
+    parser.add_argument("--stage", metavar="NAME", help="this stage alone, of a job that has stages")
 
 
 def add_ignore_argument(parser: argparse.ArgumentParser) -> None:
@@ -103,16 +105,19 @@ def load_job(args: argparse.Namespace) -> Loaded:
 
     Raises:
         ConfigError: holds every problem of job, site, environment and --set; or of --ignore.
+        PipelineError: the job has stages, and --stage names none.
     """
     from cfe_hpc.config.load import load, sweep_table
 
     sweep = sweep_table(getattr(args, "sweep", []), getattr(args, "max_parallel", None))
-    loaded = load(args.job, args.site, args.set, os.environ, sweep=sweep)
-    ignored: list[str] = getattr(args, "ignore", [])
-    return _ignoring(loaded, ignored) if ignored else loaded
+    loaded = load(args.job, args.site, args.set, os.environ, sweep=sweep, stage=args.stage)
+    return ignoring(loaded, getattr(args, "ignore", []))
 
 
-def _ignoring(loaded: Loaded, ids: list[str]) -> Loaded:
+def ignoring(loaded: Loaded, ids: list[str]) -> Loaded:
+    """The job with these checks of --ignore added to its own. Raises ConfigError for an unknown one."""
+    if not ids:
+        return loaded
     from dataclasses import replace
 
     from cfe_hpc.config.checks import ignore_problems

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
-from cfe_hpc.errors import ImpossibleError
+from cfe_hpc.errors import ImpossibleError, PipelineError
 
 if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
@@ -39,6 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="start only when that run has completed; may be given again, for several",
     )
     parser.add_argument(
+        "--reuse",
+        metavar="STAGE=RUN",
+        action="append",
+        default=[],
+        help="of a job with stages: that run stands for the stage, which is not sent; may be given again",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the very script that would be sent; write nothing"
     )
     parser.add_argument("--wait", action="store_true", help="follow the run until it ends; Ctrl-C leaves it running")
@@ -61,7 +68,12 @@ def _run(args: argparse.Namespace) -> int:
     work_tree = WorkTree(Path.cwd())
     from cfe_hpc.launch.history import plan_with_history
 
-    loaded = common.load_job(args)
+    try:
+        if args.stage or args.reuse:
+            return _submit_stages(args, work_tree)
+        loaded = common.load_job(args)
+    except PipelineError:
+        return _submit_stages(args, work_tree)
     planned, measured = plan_with_history(loaded)
     _heed_checks(loaded, planned, measured)
     if args.dry_run:
@@ -81,6 +93,12 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(f"{submitted.folder.run_id}  job {submitted.job_id}  {submitted.folder.path}", flush=True)
     return _wait(submitted) if args.wait else 0
+
+
+def _submit_stages(args: argparse.Namespace, work_tree: WorkTree) -> int:
+    from cfe_hpc.cli.submit_pipeline import run
+
+    return run(args, work_tree)
 
 
 def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> None:
