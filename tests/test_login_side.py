@@ -14,8 +14,8 @@ import cfe_hpc
 from cfe_hpc.cli.main import VERBS
 
 HEAVY = {"torch", "deepspeed", "h5py", "numpy"}
-LOGIN_PACKAGES = ("cli", "launch", "reports", "sites", "recovery", "config")
-LOGIN_MODULES = ("runfolder", "files", "process", "units", "log", "errors")
+LOGIN_PACKAGES = ("cli", "screen", "launch", "reports", "sites", "recovery", "config")
+LOGIN_MODULES = ("runfolder", "caches", "files", "process", "units", "log", "errors")
 JOB = Path(__file__).resolve().parent / "broken" / "good-job.toml"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
@@ -13,41 +15,41 @@ if TYPE_CHECKING:
     from cfe_hpc.reports.status import RunStatus, SchedulerWord
     from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["configure", "read_statuses", "run"]
+__all__ = ["ask", "configure", "read_statuses", "run"]
+
+_NUM_ENDED = 50
+_OVER = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
         "State, attempt, step, lost steps, goodput and heartbeat age of one run, or of all there are; for one also "
-        "where its allocated time went. Asks the scheduler once, and only about runs that have not ended."
+        "where its allocated time went. Asks the scheduler once, and only about runs that have not ended; not at all "
+        "when it was asked less than the site's slurm.poll_interval ago."
     )
     common.add_run_argument(parser, optional=True)
+    parser.add_argument("--all", action="store_true", help=f"also runs that ended before the newest {_NUM_ENDED}")
     common.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON list; 3 when the scheduler gave no answer, with what the folders alone tell."""
-    from dataclasses import asdict
-
-    from cfe_hpc.reports.find import runs_under
-
-    folders = [common.find_run(args)] if args.run else sorted(runs_under(common.roots(args)), key=_submission_time)
-    statuses, failures = read_statuses(folders)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if args.json:
-        common.print_json([asdict(status) for status in statuses])
-    else:
-        sys.stdout.write(_table(statuses) if statuses else "no runs here; `cfe-hpc submit JOB` makes one\n")
-        if args.run and statuses[0].buckets:
+    if args.run:
+        statuses, failures = read_statuses([common.find_run(args)])
+        _print_failures(failures)
+        _print(iter(statuses), args)
+        if not args.json and statuses[0].buckets:
             sys.stdout.write(_times(statuses[0].buckets))
+        return 3 if failures else 0
+    from cfe_hpc.launch.jobs import latest_job
+    from cfe_hpc.reports.roster import Roster
+
+    roster = Roster(common.roots(args), latest_job)
+    words, failures = ask(roster.unsettled())
+    _print_failures(failures)
+    _print(roster.statuses(words), args)
     return 3 if failures else 0
-
-
-def _submission_time(folder: RunFolder) -> str:
-    """The stamp in the run id: YYYYMMDD-HHMMSS-xxxx."""
-    return folder.run_id[-20:]
 
 
 def read_statuses(folders: Sequence[RunFolder]) -> tuple[list[RunStatus], list[str]]:
@@ -56,12 +58,8 @@ def read_statuses(folders: Sequence[RunFolder]) -> tuple[list[RunStatus], list[s
     from cfe_hpc.reports.status import is_settled, read_status
 
     jobs = {folder.path: latest_job(folder) for folder in folders}
-    asked: dict[str, list[dict[str, Any]]] = {}
-    for folder in folders:
-        job = jobs[folder.path]
-        if job is not None and not is_settled(folder):
-            asked.setdefault(str(job["scheduler"]), []).append(job)
-    words, failures = _ask(asked)
+    live = [(folder, job) for folder in folders if (job := jobs[folder.path]) is not None and not is_settled(folder)]
+    words, failures = ask(live)
     statuses = []
     for folder in folders:
         job = jobs[folder.path]
@@ -70,33 +68,84 @@ def read_statuses(folders: Sequence[RunFolder]) -> tuple[list[RunStatus], list[s
     return statuses, failures
 
 
-def _ask(asked: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, SchedulerWord], list[str]]:
-    """Every scheduler's word on its jobs: one call each."""
+def ask(live: Sequence[tuple[RunFolder, dict[str, Any]]]) -> tuple[dict[str, SchedulerWord], list[str]]:
+    """(every scheduler's word on its jobs, by job id; what those that gave no answer said): one call each, or none
+    when the last is young enough.
+
+    Args:
+        live: runs that have not ended, with their newest jobs; the last one's site says how often it may be asked.
+    """
     from cfe_hpc.errors import SchedulerError
-    from cfe_hpc.launch.backend import backend_for
+    from cfe_hpc.launch.queue import job_states, poll_interval_s
     from cfe_hpc.reports.status import SchedulerWord
 
+    asked: dict[str, list[dict[str, Any]]] = {}
+    newest: dict[str, RunFolder] = {}
+    for folder, job in live:
+        asked.setdefault(str(job["scheduler"]), []).append(job)
+        newest[str(job["scheduler"])] = folder
     words: dict[str, SchedulerWord] = {}
     failures = []
-    for scheduler, jobs in asked.items():
+    for scheduler, records in asked.items():
         try:
-            states = backend_for(scheduler).states(jobs)
+            states = job_states(scheduler, records, max_age_s=poll_interval_s(newest[scheduler]))
         except SchedulerError as error:
             failures.append(str(error))
             silent = SchedulerWord(state="UNKNOWN", reason="the scheduler gave no answer")
-            words.update((str(job["job_id"]), silent) for job in jobs)
+            words.update((str(job["job_id"]), silent) for job in records)
             continue
-        words.update((job_id, SchedulerWord(state=job.state, reason=job.reason)) for job_id, job in states.items())
+        for job_id, known in states.items():
+            words[job_id] = SchedulerWord(state=known.state, reason=known.reason, nodes=known.nodes)
     return words, failures
+
+
+def _print_failures(failures: Sequence[str]) -> None:
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+
+
+def _print(statuses: Iterator[RunStatus], args: argparse.Namespace) -> None:
+    """The JSON list, one status after the other, or the table."""
+    if args.json:
+        _print_list(statuses)
+        return
+    hidden, ended, rows = 0, deque[int](), []
+    for status in statuses:
+        rows.append("\t".join(_row(status)))
+        if status.state in _OVER and not args.all and not args.run:
+            ended.append(len(rows) - 1)
+            if len(ended) > _NUM_ENDED:
+                rows[ended.popleft()] = ""
+                hidden += 1
+    shown = [row for row in rows if row]
+    sys.stdout.write(_table(shown) if shown else "no runs here; `cfe-hpc submit JOB` makes one\n")
+    if hidden:
+        print(f"({hidden} that ended before: `cfe-hpc status --all`)")
+
+
+def _print_list(statuses: Iterator[RunStatus]) -> None:
+    from dataclasses import asdict
+
+    before = "[\n"
+    for status in statuses:
+        document = json.dumps(asdict(status), indent=2, ensure_ascii=False)
+        sys.stdout.write(before + "  " + document.replace("\n", "\n  "))
+        before = ",\n"
+    sys.stdout.write("[]\n" if before == "[\n" else "\n]\n")
 
 
 _HEADINGS = ("RUN", "STATE", "JOB", "ATTEMPT", "STEP", "LOST", "GOODPUT", "HEARTBEAT", "REASON")
 
 
-def _table(statuses: Sequence[RunStatus]) -> str:
-    rows = [_HEADINGS, *(_row(status) for status in statuses)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def _table(rows: Sequence[str]) -> str:
+    """Rows of cells with tabs between them, under headings, in columns as wide as their widest cell."""
+    widths = [len(heading) for heading in _HEADINGS]
+    for row in rows:
+        widths = [max(width, len(cell)) for width, cell in zip(widths, row.split("\t"), strict=True)]
+    lines = []
+    for row in ("\t".join(_HEADINGS), *rows):
+        cells = zip(row.split("\t"), widths, strict=True)
+        lines.append("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +163,7 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         str(status.lost_steps),
         "-" if status.goodput is None else f"{status.goodput:.1%}",
         "-" if age_s is None else f"{format_duration(age_s)} ago",
-        status.reason.splitlines()[0][:100] if status.reason else "",
+        status.reason.splitlines()[0][:100].replace("\t", " ") if status.reason else "",
     )
 
 

@@ -16,6 +16,7 @@ from cfe_hpc.config.environment import TRAIN_ENTRY, environment_layers
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.layers import Layers, dotted
 from cfe_hpc.config.problems import Path, field_at, key_of, translate
+from cfe_hpc.config.roots import DEFAULT_SITE
 from cfe_hpc.config.rules import job_problems, site_problems, text_problems
 from cfe_hpc.config.site import Site
 from cfe_hpc.errors import ConfigError, Problem
@@ -28,7 +29,6 @@ else:
 
 __all__ = ["DEFAULT_SITE", "PRECEDENCE", "SET", "Loaded", "load", "load_site", "sweep_table"]
 
-DEFAULT_SITE = "local"
 SET = "--set"
 SWEEP = "--sweep"
 

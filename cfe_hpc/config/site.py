@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from pydantic import Field
 from cfe_hpc.config.base import DurationS, SizeBytes, Strict
 from cfe_hpc.config.job import Accelerator
 from cfe_hpc.config.node_environment import Environment
-from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.config.roots import DEFAULT_RUNS_ROOT, expanded
 
 __all__ = [
     "Cost",
@@ -178,7 +177,7 @@ class Storage(Strict):
     """`[storage]`: where things go."""
 
     runs_root: str = Field(
-        "runs",
+        DEFAULT_RUNS_ROOT,
         description="folder of all runs, on a filesystem every node sees; ~ and $VARIABLES are expanded",
         examples=['"runs"'],
     )
@@ -325,16 +324,4 @@ def expand_runs_root(site: Site, environ: Mapping[str, str], *, file: str | None
     Raises:
         ConfigError: it names a variable that is not set.
     """
-    text = site.storage.runs_root
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if name not in environ:
-            what, remedy = f"variable {name} is not set", "set it, or name the folder outright"
-            problem = Problem(
-                file=file or f"site {site.name}", key="storage.runs_root", what=what, value=text, remedy=remedy
-            )
-            raise ConfigError([problem])
-        return environ[name]
-
-    return Path(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text)).expanduser().absolute()
+    return expanded(site.storage.runs_root, environ, file=file or f"site {site.name}")

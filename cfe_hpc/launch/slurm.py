@@ -17,7 +17,7 @@ from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
-from cfe_hpc.launch.queue import queue
+from cfe_hpc.launch.queue import forget_queue, queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.launch.task import RankTask
@@ -231,6 +231,7 @@ class SlurmBackend:
 
 def _tell(argv: list[str]) -> None:
     done = _ask(argv)
+    forget_queue()
     # Already gone: the end that was asked for has come.
     if done.returncode != 0 and not re.search(r"Invalid job id|already", done.stderr, re.IGNORECASE):
         raise SchedulerError(f"{argv[0]}: refused ({done.stderr.strip()}); look at the job with squeue --me")

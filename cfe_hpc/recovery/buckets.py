@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from cfe_hpc.recovery.attempts import Attempt
 from cfe_hpc.units import epoch_s
 
-__all__ = ["BUCKETS", "Bucket", "LegBooks", "Part", "gather", "split"]
+__all__ = ["BUCKETS", "Bucket", "LegBooks", "Part", "fitted", "gather", "spent_s", "split", "told_by"]
 
 Bucket = Literal["queue", "startup", "restore", "steps", "lost", "checkpoint", "evaluation", "data", "shutdown"]
 BUCKETS: tuple[Bucket, ...] = get_args(Bucket)
@@ -166,10 +166,15 @@ def _take_beat(of: Mapping[int, list[tuple[Part, int]]], beat: Mapping[str, Any]
     if not isinstance(spent, dict):
         leg.complete = False
         spent = {}
-    leg.in_steps_s.append(_number(spent.get("step")))
-    for phase, seconds in spent.items():
-        if phase in BUCKETS:
-            leg.spent_s[phase] = leg.spent_s.get(phase, 0.0) + _number(seconds)
+    in_steps_s, others_s = spent_s(spent)
+    leg.in_steps_s.append(in_steps_s)
+    for phase, seconds in others_s.items():
+        leg.spent_s[phase] = leg.spent_s.get(phase, 0.0) + seconds
+
+
+def spent_s(spent: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    """What a heartbeat line says of the time since the one before: seconds in steps, and in other buckets."""
+    return _number(spent.get("step")), {phase: _number(value) for phase, value in spent.items() if phase in BUCKETS}
 
 
 def _newest(legs: Sequence[tuple[Part, int]], said_s: float | None) -> tuple[Part, int]:
@@ -231,7 +236,7 @@ def _split(part: Part, *, completing: bool, newest: bool) -> None:
     told_s = process_s
     if part.last_beat_s is not None:
         told_s = min(max(part.last_beat_s, process_s), part.ended_s)
-        for bucket, seconds in _fitted(part.legs, told_s - process_s).items():
+        for bucket, seconds in fitted(told_by(part.legs), told_s - process_s).items():
             _add(buckets, bucket, seconds)
     else:
         told_s = _before_any_line(part, process_s)
@@ -243,13 +248,18 @@ def _add(buckets: dict[str, float], bucket: str, seconds: float) -> None:
     buckets[bucket] = buckets.get(bucket, 0.0) + seconds
 
 
-def _fitted(legs: Iterable[LegBooks], wall_s: float) -> dict[str, float]:
-    """What the lines of a part tell, made to fill the time they speak for: the time of lines that are torn, or were
-    lost on a full disk with the process, is shared out like that of the loop's others."""
-    told: dict[str, float] = {}
+def told_by(legs: Iterable[LegBooks]) -> dict[str, float]:
+    """The seconds that the lines of a part tell of, by bucket."""
+    sums: dict[str, float] = {}
     for leg in legs:
         for bucket, seconds in leg.buckets().items():
-            _add(told, bucket, seconds)
+            _add(sums, bucket, seconds)
+    return sums
+
+
+def fitted(told: Mapping[str, float], wall_s: float) -> dict[str, float]:
+    """What the lines of a part tell, made to fill the time they speak for: the time of lines that are torn, or were
+    lost on a full disk with the process, is shared out like that of the loop's others."""
     told_s, loop_s = sum(told.values()), sum(told.get(bucket, 0.0) for bucket in _LOOP)
     if told_s <= wall_s and loop_s > 0:
         factor = (wall_s - told_s + loop_s) / loop_s

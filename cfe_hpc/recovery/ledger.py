@@ -11,7 +11,7 @@ from cfe_hpc.recovery.buckets import BUCKETS, LegBooks, Part, gather, split
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import epoch_s
 
-__all__ = ["Summary", "parts_of", "summarise"]
+__all__ = ["Summary", "parts_of", "summarise", "summed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,11 @@ def summarise(folder: RunFolder, *, completing_s: float | None = None) -> Summar
     Returns:
         The books so far. A run that is training has lost nothing yet in its present attempt.
     """
-    parts = parts_of(folder, completing_s=completing_s)
+    return summed(folder, parts_of(folder, completing_s=completing_s))
+
+
+def summed(folder: RunFolder, parts: Sequence[Part]) -> Summary:
+    """The books of a run whose parts are known."""
     legs = [leg for part in parts for leg in part.legs if leg.trained]
     allocated_s = sum(part.allocated_s for part in parts)
     last_sign_s = max((sign_s for part in parts if (sign_s := part.last_sign_s) is not None), default=None)

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cfe_hpc.config import shipped
-from cfe_hpc.config.load import load_site
 from cfe_hpc.config.nearest import nearest
-from cfe_hpc.config.site import expand_runs_root
+from cfe_hpc.config.roots import DEFAULT_RUNS_ROOT, DEFAULT_SITE, expanded
 from cfe_hpc.errors import ConfigError, UsageError
+from cfe_hpc.files import read_toml
 from cfe_hpc.runfolder import RUN_ID, RunFolder
 
-__all__ = ["find_run", "runs_roots", "runs_under"]
+__all__ = ["find_run", "run_paths", "runs_roots", "runs_under"]
 
 _JOB_ID = re.compile(r"^(\d+|local-\d+)([_.+]\S*)?$")
 
@@ -23,26 +23,54 @@ def runs_roots(site_ref: str | None = None, environ: Mapping[str, str] | None = 
     """Folders that hold runs: the site's when one is named; else those of the default site and of every profile
     that a bare name reaches, as far as they exist.
 
+    Of the profiles no more is read than their runs roots: whether they are right is for others to say.
+
     Raises:
-        ConfigError: the named, or default, site's profile is wrong. Other profiles with mistakes are passed over.
+        ConfigError: the named, or default, site's profile cannot be read. Other such profiles are passed over.
     """
     environ = os.environ if environ is None else environ
-    roots = [expand_runs_root(load_site(site_ref, environ)[0], environ)]
+    ref = site_ref or environ.get("CFE_SITE", "").strip() or DEFAULT_SITE
+    roots = [_runs_root(shipped.resolve(ref, "site_configs"), environ)]
     if site_ref is None:
         for path in shipped.available("site_configs").values():
             try:
-                roots.append(expand_runs_root(load_site(str(path))[0], environ))
+                roots.append(_runs_root(path, environ))
             except ConfigError:
                 continue
     return [root for root in dict.fromkeys(roots) if root.is_dir()]
 
 
+def _runs_root(path: Path, environ: Mapping[str, str]) -> Path:
+    """The runs root of a profile. Its models would take ten times as long, and nothing here needs them."""
+    file = shipped.shown(path)
+    storage = read_toml(path, shown_as=file).get("storage")
+    root = storage.get("runs_root", DEFAULT_RUNS_ROOT) if isinstance(storage, dict) else DEFAULT_RUNS_ROOT
+    return expanded(str(root), environ, file=file)
+
+
+def run_paths(roots: Sequence[Path]) -> Iterator[str]:
+    """The path of every run folder under the roots, oldest first within each job. Sweeps are one folder each."""
+    for root in roots:
+        for job in _folders(str(root)):
+            yield from (f"{job}/{name}" for name in _names(job) if RUN_ID.match(name))
+
+
 def runs_under(roots: Sequence[Path]) -> Iterator[RunFolder]:
     """Every run folder under the roots, oldest first within each job."""
-    for root in roots:
-        for path in sorted(root.glob("*/*/")):
-            if RUN_ID.match(path.name):
-                yield RunFolder(path)
+    return (RunFolder(Path(path)) for path in run_paths(roots))
+
+
+def _folders(path: str) -> list[str]:
+    return [f"{path}/{name}" for name in _names(path)]
+
+
+def _names(path: str) -> list[str]:
+    """Names of the folders in a folder, sorted; none where it cannot be read."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return []
 
 
 def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:

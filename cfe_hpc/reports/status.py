@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.recovery.attempts import Attempt, read_attempts
-from cfe_hpc.recovery.ledger import summarise
+from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import epoch_s
 
@@ -21,7 +21,7 @@ __all__ = ["RunState", "RunStatus", "SchedulerWord", "is_settled", "read_status"
 
 RunState = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "HELD"]
 
-_TAIL_BYTES = 64 * 1024
+_TAILS_BYTES = (4 * 1024, 64 * 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,12 @@ class SchedulerWord:
     Attributes:
         state: a run state, or UNKNOWN when it has a word that says nothing, or could not be asked.
         reason: in its own words; "" when it gives none.
+        nodes: as it spells them; "" while there are none.
     """
 
     state: str
     reason: str = ""
+    nodes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +72,15 @@ def is_settled(folder: RunFolder) -> bool:
     return folder.result() is not None or folder.promised("held") is not None
 
 
-def read_status(folder: RunFolder, *, job_id: str | None, word: SchedulerWord | None) -> RunStatus:
+def read_status(
+    folder: RunFolder, *, job_id: str | None, word: SchedulerWord | None, books: Summary | None = None
+) -> RunStatus:
     """The run's status now. Reads heartbeat.ndjson whole only for runs that have not ended.
 
     Args:
         job_id: of the newest job, from its record; None when the run was never submitted.
         word: the scheduler's about that job; None when it knows no such job (or needed no asking).
+        books: of a run that has not ended, where they are known.
     """
     result = folder.result()
     attempts = read_attempts(folder.events())
@@ -85,7 +90,7 @@ def read_status(folder: RunFolder, *, job_id: str | None, word: SchedulerWord | 
         step, lost, goodput = result.get("final_step"), result.get("lost_steps", 0), result.get("goodput")
         buckets = result.get("buckets") or {}
     else:
-        books = summarise(folder)
+        books = summarise(folder) if books is None else books
         step, lost, goodput = (books.last_step if attempts else None), books.lost_steps, books.goodput
         buckets = books.buckets
     return RunStatus(
@@ -149,7 +154,9 @@ def _never_submitted(newest: Attempt | None) -> tuple[RunState, str]:
 
 def _heartbeat_age_s(path: Path) -> float | None:
     """Age of the last whole line; only the file's end is read."""
-    last_s = None
-    for beat in read_ndjson(path, last_bytes=_TAIL_BYTES):
-        last_s = epoch_s(beat.get("time")) or last_s
-    return None if last_s is None else round(max(0.0, time.time() - last_s), 1)
+    for last_bytes in _TAILS_BYTES:
+        for beat in reversed(list(read_ndjson(path, last_bytes=last_bytes))):
+            last_s = epoch_s(beat.get("time"))
+            if last_s is not None:
+                return round(max(0.0, time.time() - last_s), 1)
+    return None

@@ -1,0 +1,1 @@
+"""The live screen of `watch`: what it shows, and its keys."""
