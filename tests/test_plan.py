@@ -15,7 +15,8 @@ from cfe_hpc.config.job import Job
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.site import Site
 from cfe_hpc.errors import ConfigError, ImpossibleError
-from cfe_hpc.launch.checks.checking import Finding, check, cost_of_attempt
+from cfe_hpc.launch.checks.checking import Finding, check
+from cfe_hpc.launch.checks.costs import cost_of_attempt
 from cfe_hpc.launch.plan import plan
 
 GPU = {"accelerator": "cuda", "devices_per_node": 4, "cores_per_node": 30, "memory": "256GiB"}

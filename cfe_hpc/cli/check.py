@@ -29,7 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print plan and findings."""
-    from cfe_hpc.launch.checks.checking import check, cost_of_attempt
+    from cfe_hpc.launch.checks.checking import check
+    from cfe_hpc.launch.checks.costs import cost_of_attempt
     from cfe_hpc.launch.history import plan_with_history
     from cfe_hpc.recovery.contract import sentence
 

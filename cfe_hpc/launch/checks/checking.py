@@ -11,32 +11,83 @@ from cfe_hpc.config.checks import CHECKS, Severity
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan
 from cfe_hpc.errors import ImpossibleError, Problem, _Problems
-from cfe_hpc.launch.checks import addresses, places, saving, stopping
+from cfe_hpc.launch.checks import addresses, asking, engines, files, room, saving, stopping
 from cfe_hpc.launch.checks.facts import Facts, Look
 from cfe_hpc.recovery.measured import Measured
 
-__all__ = ["LOOKS", "Finding", "check", "cost_of_attempt", "findings_of"]
+__all__ = ["LOOKS", "Finding", "check", "findings_of"]
 
 LOOKS: dict[str, Look] = {
-    "data-missing": places.data_missing,
-    "runs-root": places.runs_root,
-    "runs-root-private": places.runs_root_private,
-    "program-missing": places.program_missing,
+    "account-missing": asking.account_missing,
+    "account": asking.account_allowed,
+    "qos": asking.qos_allowed,
+    "constraint": asking.constraint_unknown,
+    "array-size": asking.array_size,
+    "submit-max": asking.submit_max,
+    "cost": asking.cost_max,
+    "cost-unknown": asking.cost_unknown,
+    "site-unverified": asking.site_unverified,
+    "gres-missing": asking.gres_missing,
+    "gres-fixed": asking.gres_fixed,
+    "whole-nodes": asking.whole_nodes,
+    "cores-share": asking.cores_share,
+    "threads": asking.threads,
+    "model-memory": room.model_memory,
+    "device-memory": room.device_memory,
+    "node-memory": room.node_memory,
+    "deepspeed-trainer": engines.deepspeed_trainer,
+    "offload-stage": engines.offload_stage,
+    "offload-path": engines.offload_path,
+    "offload-optimizer": engines.offload_optimizer,
+    "offload-cpu": engines.offload_cpu,
+    "unsaved-state": engines.unsaved_state,
+    "grad-accum": engines.grad_accum_dtype,
+    "bf16-hardware": engines.bf16_hardware,
+    "engine-unused": engines.engine_unused,
+    "zero-alone": engines.zero_alone,
+    "data-missing": files.data_missing,
+    "data-damaged": files.data_damaged,
+    "data-private": files.data_private,
+    "workdir-private": files.workdir_private,
+    "runs-root": files.runs_root,
+    "runs-root-private": files.runs_root_private,
+    "program-missing": files.program_missing,
+    "python-missing": files.python_missing,
+    "secret-in-job": files.secret_in_job,
+    "git-dirty": files.git_dirty,
+    "disk-full": room.disk_full,
+    "checkpoint-space": room.checkpoint_space,
+    "quota": room.quota,
+    "inodes": room.inodes,
+    "quota-files": room.quota_files,
+    "purged": room.purged,
     "no-checkpoints": saving.no_checkpoints,
+    "saves-never": saving.saves_never,
     "kept-seldom": saving.kept_seldom,
+    "best-unlogged": saving.best_unlogged,
     "staging-unused": saving.staging_unused,
     "overlap-unused": saving.overlap_unused,
     "local-tier": saving.local_tier,
+    "node-local-shared": files.node_local_shared,
+    "node-local-space": room.node_local_space,
     "remote-tier": saving.remote_tier,
-    "short-grace": stopping.short_grace,
-    "preemption-contract": stopping.preemption_contract,
-    "no-requeue": stopping.no_requeue,
-    "elastic-batch": stopping.elastic_batch,
+    "remote-package": saving.remote_package,
+    "lead-short": stopping.lead_short,
     "signal-at-start": stopping.signal_at_start,
     "no-time-limit": stopping.no_time_limit,
+    "short-grace": stopping.short_grace,
+    "preemption-contract": stopping.preemption_contract,
     "preemption-cancels": stopping.preemption_cancels,
+    "no-requeue": stopping.no_requeue,
+    "nccl-signal": stopping.nccl_signal,
+    "elastic-batch": stopping.elastic_batch,
+    "elastic-local": stopping.elastic_local,
+    "port-privileged": addresses.port_privileged,
+    "port-taken": addresses.port_taken,
+    "port-ephemeral": addresses.port_ephemeral,
+    "gateway-loopback": addresses.gateway_loopback,
+    "gateway-password": addresses.gateway_password,
     "not-yet": addresses.not_yet,
-    "git-dirty": places.git_dirty,
 }
 """What looks at a planned job. The other ids of `config.checks` belong to reading and planning, which raise."""
 
@@ -90,9 +141,3 @@ def findings_of(error: _Problems) -> list[Finding]:
     """What reading or planning found, as findings."""
     fallback = "impossible" if isinstance(error, ImpossibleError) else "schema"
     return [Finding(id=problem.check or fallback, severity="error", problem=problem) for problem in error.problems]
-
-
-def cost_of_attempt(loaded: Loaded, plan: Plan) -> float | None:
-    """Price of one attempt that uses up its time, in the site's currency; None when price or time is unknown."""
-    price = loaded.site.hardware[loaded.site.partitions[plan.partition].hardware].cost_per_node_hour
-    return None if price is None or plan.time_s is None else price * plan.nodes * plan.time_s / 3600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan
-from cfe_hpc.config.site import Hardware, Partition
+from cfe_hpc.config.site import Hardware, Partition, expand_runs_root
 from cfe_hpc.errors import Problem
 from cfe_hpc.recovery.measured import Measured
 
 if TYPE_CHECKING:
     from cfe_hpc.config.job import Job
     from cfe_hpc.config.site import Site
+    from cfe_hpc.launch.planner.memory import MemoryEstimate
 
 __all__ = ["Facts", "Look"]
 
@@ -70,6 +72,31 @@ class Facts:
         # By dotted name: launch and train are neighbours that may not import one another.
         config = import_module("cfe_hpc.train.config")
         return config.read_params(self.job.params, file=self.loaded.job_file, origins=self.loaded.origins)
+
+    @cached_property
+    def memory(self) -> MemoryEstimate | None:
+        """What the job takes of devices, nodes and disks; None when nothing tells how large its model is."""
+        from cfe_hpc.launch.planner.memory import estimate
+
+        return estimate(self.job, self.plan)
+
+    @cached_property
+    def tasks(self) -> int:
+        """Runs that the job makes: the tasks of a sweep, or 1."""
+        if self.job.sweep is None:
+            return 1
+        from cfe_hpc.config.tasks import tasks_of
+
+        def report(path: tuple[str | int, ...], what: str, remedy: str, value: Any = None) -> Problem:
+            return self.problem(".".join(map(str, ("job", *path))), what, remedy, value)
+
+        tasks, _ = tasks_of(self.job.sweep, report)  # what is wrong with it was told when the job was read
+        return 1 if tasks is None else tasks.tasks
+
+    @cached_property
+    def runs_root(self) -> Path:
+        """Where runs lie. Raises ConfigError when it names a variable that is not set."""
+        return expand_runs_root(self.site, os.environ, file=self.file_of("site.storage.runs_root"))
 
     def file_of(self, key: str) -> str:
         """Where a value came from; the file in which to set it when it is a default.

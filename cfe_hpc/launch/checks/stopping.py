@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from cfe_hpc.errors import Problem
 from cfe_hpc.launch.checks.facts import Facts
 from cfe_hpc.recovery.contract import fits, time_to_save_s
-from cfe_hpc.recovery.measured import need_s
+from cfe_hpc.recovery.measured import need_s, signal_lead_s
 from cfe_hpc.units import format_duration, format_seconds
 
 __all__ = [
     "elastic_batch",
+    "elastic_local",
+    "lead_short",
+    "nccl_signal",
     "no_requeue",
     "no_time_limit",
     "preemption_cancels",
@@ -89,3 +92,27 @@ def no_time_limit(facts: Facts) -> Iterator[Problem]:
     if facts.plan.time_s is None and facts.on_slurm:
         what = "no time limit is known, so the scheduler's own default ends each attempt unannounced to the plan"
         yield facts.problem("job.resources.time", what, 'set time, e.g. time = "4h"')
+
+
+def lead_short(facts: Facts) -> Iterator[Problem]:
+    plan, measured = facts.plan, facts.measured
+    # Slurm's slack is in the lead that would be right; the plan takes half of the time for it at the most.
+    needed_s = 0.0 if measured is None else signal_lead_s(measured) if facts.on_slurm else need_s(measured)
+    if plan.time_s is not None and needed_s > plan.signal_lead_s:
+        what = (
+            f"a step and a save need the signal {format_seconds(needed_s)} before the end, as an earlier run measured"
+        )
+        remedy = f"ask for more than {format_duration(2 * needed_s)}, so that it can be sent in time"
+        yield facts.problem("job.resources.time", what, remedy, format_duration(plan.time_s))
+
+
+def nccl_signal(facts: Facts) -> Iterator[Problem]:
+    if facts.plan.signal == "USR1" and facts.plan.accelerator == "cuda" and facts.on_slurm:
+        what, remedy = "NCCL uses this signal itself", 'set signal = "USR2"'
+        yield facts.problem("site.slurm.signal", what, remedy, "USR1")
+
+
+def elastic_local(facts: Facts) -> Iterator[Problem]:
+    if facts.plan.nodes_min is not None and not facts.on_slurm:
+        what, remedy = "attempts on this machine always have all nodes", "nothing to do: it counts on Slurm"
+        yield facts.problem("job.launch.nodes_min", what, remedy, facts.plan.nodes_min)

@@ -1,0 +1,167 @@
+"""Checks of room: memory of devices and nodes, space, quota and files where runs lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from cfe_hpc.errors import Problem
+from cfe_hpc.launch.checks.facts import Facts
+from cfe_hpc.launch.checks.files import standing
+from cfe_hpc.units import format_duration, format_size
+
+__all__ = [
+    "checkpoint_space",
+    "device_memory",
+    "disk_full",
+    "inodes",
+    "model_memory",
+    "node_local_space",
+    "node_memory",
+    "purged",
+    "quota",
+    "quota_files",
+]
+
+_LEAST_BYTES, _LEAST_FILES = 1 << 20, 64
+"""Below this not even a run folder can be written."""
+
+_FILES_OF_A_RUN = 40
+"""Without logs and checkpoints: what `submit` writes, and promises between processes."""
+
+
+def model_memory(facts: Facts) -> Iterator[Problem]:
+    found = _device(facts)
+    if found is None:
+        return
+    taken, activations, there = found
+    if taken - activations > there:
+        what = f"model and optimizer take {format_size(taken - activations)} of each device, and it has"
+        remedy = "use a higher ZeRO stage, more devices, or offload"
+        yield _of_hardware(facts, "device_memory", what, remedy, there)
+
+
+def device_memory(facts: Facts) -> Iterator[Problem]:
+    found = _device(facts)
+    if found is None:
+        return
+    taken, activations, there = found
+    if taken > there >= taken - activations:
+        what = f"a micro-batch takes about {format_size(taken)} of each device, activations included, and it has"
+        remedy = "lower params.micro_batch; at run time it is halved by itself"
+        yield _of_hardware(facts, "device_memory", what, remedy, there)
+
+
+def _device(facts: Facts) -> tuple[int, int, int] | None:
+    """Bytes of a device that are taken, those of activations among them, and those there are."""
+    memory, there = facts.memory, facts.hardware.device_memory
+    if memory is None or there is None or facts.plan.accelerator == "cpu":
+        return None
+    activations = sum(part.size_bytes for part in memory.parts if part.name == "activations")
+    return memory.device_bytes, activations, there
+
+
+def _of_hardware(facts: Facts, key: str, what: str, remedy: str, size_bytes: int) -> Problem:
+    return facts.problem(f"site.hardware.{facts.partition.hardware}.{key}", what, remedy, format_size(size_bytes))
+
+
+def node_memory(facts: Facts) -> Iterator[Problem]:
+    memory, plan, partition = facts.memory, facts.plan, facts.partition
+    if memory is None or not facts.on_slurm:
+        return
+    share = partition.memory_per_core_default
+    by_cores = None if share is None else share * plan.cpus_per_device * plan.devices_per_node
+    there = plan.memory_bytes or partition.memory_default or by_cores or facts.hardware.memory
+    if memory.node_bytes > there:
+        what = f"ranks take about {format_size(memory.node_bytes)} of each node, and the job gets"
+        remedy = "ask for more, for fewer ranks on a node, or set checkpoint.staging_memory"
+        yield facts.problem("job.resources.memory", what, remedy, format_size(there))
+
+
+def _kept_bytes(facts: Facts) -> int | None:
+    """Of the checkpoints that lie there at a time, the one being written included; of all tasks of a sweep."""
+    memory = facts.memory
+    if memory is None:
+        return None
+    return memory.checkpoint_bytes * (facts.job.checkpoint.keep_last + 1) * facts.tasks
+
+
+def _kept_files(facts: Facts) -> int:
+    """Of all tasks: logs of one attempt, checkpoints of each rank a data file and an index."""
+    ranks, checkpoints = facts.plan.world_size, facts.job.checkpoint.keep_last + 1
+    return facts.tasks * (_FILES_OF_A_RUN + 2 * ranks + checkpoints * (2 * ranks + 2))
+
+
+def _what_is_kept(facts: Facts) -> str:
+    tasks = "" if facts.tasks == 1 else f" of each of {facts.tasks} tasks"
+    return f"the {facts.job.checkpoint.keep_last} checkpoints kept{tasks}, and the next one,"
+
+
+_LESS = "lower checkpoint.keep_last, or choose another storage.runs_root"
+
+
+def checkpoint_space(facts: Facts) -> Iterator[Problem]:
+    kept_bytes = _kept_bytes(facts)
+    if kept_bytes is None:
+        return
+    there = _statvfs(facts)
+    free_bytes = there.f_bavail * there.f_frsize
+    if free_bytes < kept_bytes and there.f_blocks:
+        what = f"{_what_is_kept(facts)} take {format_size(kept_bytes)}, and there are free under {facts.runs_root}"
+        yield facts.problem("job.checkpoint.keep_last", what, f"{_LESS}; or `cfe-hpc gc`", format_size(free_bytes))
+
+
+def quota(facts: Facts) -> Iterator[Problem]:
+    kept_bytes, allowed = _kept_bytes(facts), facts.site.storage.quota
+    if kept_bytes is not None and allowed is not None and allowed < kept_bytes:
+        what = f"{_what_is_kept(facts)} take {format_size(kept_bytes)}, more than one may have there"
+        yield facts.problem("site.storage.quota", what, _LESS, format_size(allowed))
+
+
+def quota_files(facts: Facts) -> Iterator[Problem]:
+    needed, allowed = _kept_files(facts), facts.site.storage.quota_files
+    if allowed is not None and allowed < needed:
+        what = f"logs and checkpoints are up to {needed} files, more than one may have there"
+        yield facts.problem("site.storage.quota_files", what, _LESS, allowed)
+
+
+def inodes(facts: Facts) -> Iterator[Problem]:
+    there, needed = _statvfs(facts), _kept_files(facts)
+    # Filesystems that count no files say 0 of 0.
+    if there.f_files and there.f_favail < needed:
+        what = f"logs and checkpoints are up to {needed} files, and so many can be made under {facts.runs_root}"
+        yield facts.problem("site.storage.runs_root", what, _LESS, there.f_favail)
+
+
+def disk_full(facts: Facts) -> Iterator[Problem]:
+    there = _statvfs(facts)
+    free_bytes = there.f_bavail * there.f_frsize
+    if (there.f_blocks and free_bytes < _LEAST_BYTES) or (there.f_files and there.f_favail < _LEAST_FILES):
+        left = f"{format_size(free_bytes)} and {there.f_favail} files"
+        what = f"the disk is full: there are left under {facts.runs_root}"
+        yield facts.problem("site.storage.runs_root", what, "make room, or choose another folder", left)
+
+
+def _statvfs(facts: Facts) -> os.statvfs_result:
+    return os.statvfs(standing(facts.runs_root))
+
+
+def node_local_space(facts: Facts) -> Iterator[Problem]:
+    memory, bound = facts.memory, facts.job.checkpoint.local_size
+    if memory is None or bound is None or not facts.job.checkpoint.local:
+        return
+    copies = 2 if facts.job.checkpoint.partner else 1
+    share_bytes = copies * memory.checkpoint_bytes // facts.plan.nodes
+    if share_bytes > bound:
+        what = f"a node's part of a checkpoint takes {format_size(share_bytes)}: none would go there"
+        yield facts.problem(
+            "job.checkpoint.local_size", what, "raise it, or take checkpoint.local out", format_size(bound)
+        )
+
+
+def purged(facts: Facts) -> Iterator[Problem]:
+    checkpoint, after_s = facts.job.checkpoint, facts.site.storage.purge_after
+    for_good = checkpoint.keep_every_steps or checkpoint.keep_best or checkpoint.keep_epochs or checkpoint.export_epochs
+    if after_s is not None and for_good:
+        what = "checkpoints that are kept for good lie where the site deletes what nobody touches"
+        yield facts.problem("site.storage.purge_after", what, "copy them away in time", format_duration(after_s))
