@@ -237,6 +237,7 @@ def _local(**changes: Any) -> Site:
 
 
 SAVING = {"checkpoint": {"every_steps": 10}}
+SLURM = {"scheduler": "slurm", "storage": {"shared": ["/"]}}
 
 
 def test_nothing_to_remark(here: Path) -> None:
@@ -250,8 +251,8 @@ def test_nothing_to_remark(here: Path) -> None:
         ("kept-seldom", "warning", {"checkpoint": {"every_steps": 10, "keep_every_steps": 25}}, {}),
         ("program-missing", "warning", {**SAVING, "entry": "no_such_package.x:y"}, {}),
         ("program-missing", "warning", {"entry": None, "command": ["no-such-program"]}, {}),
-        ("signal-at-start", "warning", {**SAVING, "resources": {"time": "170s"}}, {"scheduler": "slurm"}),
-        ("no-time-limit", "note", {**SAVING, "resources": {"partition": "open"}}, {"scheduler": "slurm"}),
+        ("signal-at-start", "warning", {**SAVING, "resources": {"time": "170s"}}, SLURM),
+        ("no-time-limit", "note", {**SAVING, "resources": {"partition": "open"}}, SLURM),
         ("overlap-unused", "note", {"checkpoint": {"every": "5m", "overlap": True}}, {}),
         ("staging-unused", "note", {"checkpoint": {"every": "5m", "staging_memory": "1GiB"}}, {}),
         ("local-tier", "error", {"checkpoint": {"every_steps": 10, "async": True, "local": True}}, {}),
