@@ -87,7 +87,7 @@ def _ignoring(args: argparse.Namespace, job: StageJob) -> StageJob:
 
 def _heed_checks(jobs: Sequence[StageJob], plans: Sequence[tuple[Plan, Measured | None]]) -> None:
     """Refuse a pipeline with a stage that is sure to fail; say what else is worth knowing, once."""
-    from cfe_hpc.launch.checks import check
+    from cfe_hpc.launch.checks.checking import check
 
     errors: dict[str, Problem] = {}
     warnings: dict[str, None] = {}
