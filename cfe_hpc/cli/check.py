@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
+from cfe_hpc.errors import ConfigError, ImpossibleError
 
 if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
@@ -19,8 +20,9 @@ __all__ = ["configure", "plan_rows", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "Read a job for a site, plan it, and check it; say what a preemption does to it there. Exit codes: 0 good "
-        "(warnings included), 1 a check found an error, 2 job or site is wrong, 4 the job could never run there."
+        "Read a job for a site, plan it, and check it; say what a preemption does to it there. Each finding ends in "
+        "the id of its check, which docs/checks.md explains. Exit codes: 0 good (warnings included), 1 a check found "
+        "an error, 2 job or site is wrong, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
     common.add_ignore_argument(parser)
@@ -34,9 +36,15 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.launch.history import plan_with_history
     from cfe_hpc.recovery.contract import sentence
 
-    loaded = common.load_job(args)
-    planned, measured = plan_with_history(loaded)
-    findings = check(loaded, planned, measured=measured)
+    loaded: Loaded | None = None
+    try:
+        loaded = common.load_job(args)
+        planned, measured = plan_with_history(loaded)
+        findings = check(loaded, planned, measured=measured)
+    except (ConfigError, ImpossibleError) as error:
+        if args.json:
+            common.print_json(_refused(loaded, error))
+        raise
     cost = cost_of_attempt(loaded, planned)
     if args.json:
         from dataclasses import asdict
@@ -57,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(loaded, planned, measured, cost, findings)
     return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+
+def _refused(loaded: Loaded | None, error: ConfigError | ImpossibleError) -> dict[str, Any]:
+    """What `--json` prints of a job that cannot be read or planned: the same keys, null where nothing is known."""
+    from cfe_hpc.launch.checks.checking import findings_of
+
+    keys = ("job", "job_file", "site", "site_file", "plan", "preemption", "measured", "cost")
+    document: dict[str, Any] = dict.fromkeys(keys)
+    if loaded is not None:
+        document |= {"job": loaded.job.name, "job_file": loaded.job_file}
+        document |= {"site": loaded.site.name, "site_file": loaded.site_file}
+    return {**document, "findings": [finding.as_json() for finding in findings_of(error)]}
 
 
 def plan_rows(loaded: Loaded, planned: Plan, measured: Measured | None) -> list[tuple[str, str]]:

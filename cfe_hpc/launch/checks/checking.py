@@ -10,7 +10,7 @@ from typing import Any
 from cfe_hpc.config.checks import CHECKS, Severity
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan
-from cfe_hpc.errors import ImpossibleError, Problem, _Problems
+from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.launch.checks import addresses, asking, engines, files, room, saving, stopping
 from cfe_hpc.launch.checks.facts import Facts, Look
 from cfe_hpc.recovery.measured import Measured
@@ -137,7 +137,7 @@ def check(loaded: Loaded, plan: Plan, *, measured: Measured | None = None, notes
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))
 
 
-def findings_of(error: _Problems) -> list[Finding]:
+def findings_of(error: ConfigError | ImpossibleError) -> list[Finding]:
     """What reading or planning found, as findings."""
     fallback = "impossible" if isinstance(error, ImpossibleError) else "schema"
     return [Finding(id=problem.check or fallback, severity="error", problem=problem) for problem in error.problems]
