@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,14 +58,13 @@ class Provenance(Strict):
     git_diff_sha256: str | None = Field(None, description="of `git diff HEAD`; None when clean or no work tree")
     work_tree: str | None = Field(None, description="top of the git work tree that workdir lies in, if it was copied")
     snapshot: str | None = Field(None, description="the copy of work_tree that ranks run; none when None")
+    start_in: str | None = Field(None, description="what stands for workdir in the snapshot; workdir itself when None")
     versions: dict[str, str] = Field(default_factory=dict, description="of the packages that matter, as installed")
 
     @property
     def start_folder(self) -> str:
-        """Where ranks start: workdir, or what stands for it in the snapshot."""
-        if self.snapshot is None or self.work_tree is None:
-            return self.workdir
-        return os.path.normpath(os.path.join(self.snapshot, os.path.relpath(self.workdir, self.work_tree)))
+        """Where ranks start."""
+        return self.start_in or self.workdir
 
     @property
     def batch_python(self) -> str:

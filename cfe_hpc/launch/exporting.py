@@ -21,7 +21,7 @@ def export_command(spec: RunSpec, folder: RunFolder) -> list[str] | None:
     dtype = spec.job.checkpoint.export_epochs
     if dtype is None:
         return None
-    python = spec.provenance.python
+    python = spec.provenance.batch_python
     words = ["checkpoints", "export", str(folder.path), "--epochs", "--dtype", dtype, "--json"]
     return [python, "-m", "cfe_hpc", *words]
 

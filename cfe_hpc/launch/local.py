@@ -69,14 +69,14 @@ class LocalBackend:
         raise AssertionError("nothing is ever held in a queue here")
 
     def _script(self, spec: RunSpec, folder: RunFolder, after: Sequence[RunFolder] = ()) -> str:
-        supervisor = [spec.provenance.python, "-m", "cfe_hpc.launch.supervisor", str(folder.path)]
+        supervisor = [spec.provenance.batch_python, "-m", "cfe_hpc.launch.supervisor", str(folder.path)]
         supervisor += [f"--after={each.path}" for each in after]
         supervisor += ["--", *self._rank_command] if self._rank_command else []
         return "\n".join(
             [
                 "#!/bin/bash",
                 *prologue(spec, folder),
-                f"cd -- {shlex.quote(spec.provenance.workdir)} || exit 1",
+                f"cd -- {shlex.quote(spec.provenance.start_folder)} || exit 1",
                 f"exec {shlex.join(supervisor)}",
                 "",
             ]

@@ -8,7 +8,8 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,73 +20,148 @@ if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Provenance
 
-__all__ = ["WorkTree", "provenance"]
+__all__ = ["Listing", "WorkTree", "provenance"]
 
 _GIT_TIMEOUT_S = 20.0
 _PACKAGES = ("cfe-hpc", "submitit", "torch", "deepspeed", "h5py", "numpy", "pydantic")
 _RECORD = re.compile(r"(?P<name>[^-]+)-(?P<version>[^-]+)\.dist-info")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The files of a work tree, as git sees them.
+
+    Attributes:
+        top: the folder that all paths are relative to.
+        tracked: path to git's mode and hash of what the index holds.
+        changed: tracked paths that are not as the index has them: edited, or gone.
+        untracked: paths that git neither tracks nor ignores.
+    """
+
+    top: Path
+    tracked: Mapping[str, tuple[str, str]]
+    changed: frozenset[str]
+    untracked: tuple[str, ...]
+
+
 class WorkTree:
-    """Asks git about a folder beside whatever else there is to do; `commit` and `diff_sha256` wait for the answers."""
+    """Asks git about a folder beside whatever else there is to do; everything asked of it waits for the answers."""
 
     def __init__(self, folder: Path) -> None:
-        self._answers: dict[str, str | None] = {}
-        git = ["git", "-C", str(folder)]
-        # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
-        diff = [*git, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color"]
-        self._threads = [self._ask("commit", [*git, "rev-parse", "HEAD"]), self._ask("diff", diff)]
+        self._folder = folder
+        self._head: list[str] = []
+        self._diff: str | None = None
+        self._listing: Listing | None = None
+        self._threads = [self._begin("git-files", self._ask_files), self._begin("git-diff", self._ask_diff)]
 
     @property
     def commit(self) -> str | None:
-        """HEAD; None outside a work tree or without git."""
-        answer = self._answer("commit")
-        return None if answer is None else answer.strip()
+        """HEAD; None outside a work tree, without git, or before the first commit."""
+        self._wait()
+        return self._head[1] if len(self._head) > 1 else None
 
     @property
     def diff_sha256(self) -> str | None:
         """Of `git diff HEAD`; None when there is no difference, or no work tree."""
-        diff = self._answer("diff")
-        if not diff:
+        self._wait()
+        if not self._diff:
             return None
         import hashlib  # late: it loads OpenSSL, and a clean tree needs none
 
-        return hashlib.sha256(diff.encode()).hexdigest()
+        return hashlib.sha256(self._diff.encode()).hexdigest()
 
-    def _answer(self, name: str) -> str | None:
+    @property
+    def listing(self) -> Listing | None:
+        """The files; None outside a work tree or without git."""
+        self._wait()
+        return self._listing
+
+    def again(self) -> WorkTree:
+        """The same folder, asked anew."""
+        return WorkTree(self._folder)
+
+    def _wait(self) -> None:
         for thread in self._threads:
             thread.join()
-        return self._answers[name]
 
-    def _ask(self, name: str, argv: Sequence[str]) -> threading.Thread:
-        def ask() -> None:
-            try:
-                self._answers[name] = run(argv, timeout_s=_GIT_TIMEOUT_S).stdout
-            except CommandError:
-                self._answers[name] = None
+    def _ask_diff(self) -> None:
+        # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
+        self._diff = _git(self._folder, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
-        thread = threading.Thread(target=ask, name=f"git-{name}", daemon=True)
+    def _ask_files(self) -> None:
+        # Before the first commit it prints the folder, and then fails.
+        said = _git(self._folder, "rev-parse", "--show-toplevel", "HEAD", whatever=True)
+        head = [] if said is None else said.splitlines()
+        if not head or not os.path.isabs(head[0]):
+            return
+        self._head = [line for line in head if line != "HEAD"]
+        top = Path(head[0])
+        staged = _git(top, "ls-files", "--stage", "-z")
+        # Of what is ignored nothing is asked: that may be a million files.
+        status = _git(top, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
+        if staged is not None and status is not None:
+            self._listing = _listing(top, staged, status)
+
+    def _begin(self, name: str, ask: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=ask, name=name, daemon=True)
         thread.start()
         return thread
 
 
-def provenance(loaded: Loaded, work_tree: WorkTree) -> Provenance:
-    """The provenance of a run of `loaded`, submitted now, from the current folder."""
-    from cfe_hpc.config.run import Provenance  # late: git shall be at work while the models are being built
+def _git(folder: Path, *words: str, whatever: bool = False) -> str | None:
+    """What git prints; None when it fails, is not there, or takes too long.
 
-    python = loaded.site.environment.python
+    Args:
+        whatever: what it has printed counts though it failed.
+    """
+    try:
+        # It takes no lock: somebody may be at work in the folder.
+        argv = ["git", "--no-optional-locks", "-C", str(folder), *words]
+        return run(argv, timeout_s=_GIT_TIMEOUT_S, check=not whatever).stdout
+    except CommandError:
+        return None
+
+
+def _listing(top: Path, staged: str, status: str) -> Listing:
+    """The files from what `ls-files --stage -z` and `status --porcelain=v1 -z` have printed."""
+    tracked: dict[str, tuple[str, str]] = {}
+    for line in filter(None, staged.split("\0")):
+        facts, _, path = line.partition("\t")
+        mode, blob, _stage = facts.split(" ")
+        tracked[path] = (mode, blob)
+    entries = [(entry[:2], entry[3:]) for entry in status.split("\0") if entry]
+    untracked = tuple(path for word, path in entries if word == "??")
+    changed = frozenset(path for word, path in entries if word != "??")
+    return Listing(top=top, tracked=tracked, changed=changed, untracked=untracked)
+
+
+def provenance(loaded: Loaded, work_tree: WorkTree, *, snapshot: Path | None = None) -> Provenance:
+    """The provenance of a run of `loaded`, submitted now, from the current folder.
+
+    Args:
+        snapshot: the copy of `work_tree` that its ranks run; they run the folder itself when None.
+    """
+    from cfe_hpc.config.run import Provenance  # late: git shall be at work while the models are being built
+    from cfe_hpc.launch.interpreter import interpreters
+
+    python, host_python = interpreters(loaded)
+    top = None if snapshot is None or work_tree.listing is None else work_tree.listing.top
     return Provenance(
         user=_user(),
         host=socket.gethostname(),
         time=utc_now(),
         workdir=os.getcwd(),
-        python=python or sys.executable,
+        python=python,
+        host_python=host_python,
         job_file=loaded.job_file,
         site_file=loaded.site_file,
         git_commit=work_tree.commit,
         git_diff_sha256=work_tree.diff_sha256,
+        work_tree=None if top is None else str(top),
+        snapshot=None if snapshot is None else str(snapshot),
+        start_in=None if snapshot is None or top is None else str(snapshot / Path.cwd().relative_to(top)),
         # Of another interpreter nothing is known here.
-        versions={} if python not in (None, sys.executable) else _versions(),
+        versions=_versions() if python == sys.executable else {},
     )
 
 

@@ -15,6 +15,7 @@ from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.provenance import WorkTree, provenance
+from cfe_hpc.launch.snapshot import Packed, Told, folder_of, take
 from cfe_hpc.runfolder import RunFolder, new_run_id, safe_name
 
 __all__ = ["Submitted", "prepare", "preview", "submit"]
@@ -22,34 +23,48 @@ __all__ = ["Submitted", "prepare", "preview", "submit"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A run that the scheduler has taken."""
+    """A run that the scheduler has taken, and the snapshot that its ranks run."""
 
     folder: RunFolder
     job_id: str
     spec: RunSpec
+    packed: Packed | None = None
 
 
 def preview(loaded: Loaded, planned: Plan, work_tree: WorkTree) -> tuple[RunSpec, RunFolder, str]:
     """What `submit` would do now: run.toml, the folder (which is not made) and the script. Writes nothing."""
     run_id = new_run_id(loaded.job.name)
     folder = RunFolder(_runs_root(loaded) / safe_name(loaded.job.name) / run_id)
-    spec = _freeze(loaded, planned, work_tree, run_id)
+    snapshot = folder_of(loaded, work_tree, _runs_root(loaded))
+    spec = _freeze(loaded, planned, work_tree, run_id, snapshot=snapshot)
     return spec, folder, backend_for(loaded.site.scheduler).preview(spec, folder)
 
 
-def submit(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, after: Sequence[RunFolder] = ()) -> Submitted:
-    """Make the run folder, freeze the run in it and send it, to start when all runs of `after` have completed.
+def submit(
+    loaded: Loaded,
+    planned: Plan,
+    work_tree: WorkTree,
+    *,
+    after: Sequence[RunFolder] = (),
+    told: Told | None = None,
+) -> Submitted:
+    """Make the run folder, freeze the run and its code, and send it, to start when all runs of `after` have completed.
+
+    Args:
+        told: as for `snapshot.take`.
 
     Raises:
-        ConfigError: the runs root cannot be written.
-        SchedulerError: it was refused; nothing is left behind.
+        ConfigError: the runs root cannot be written, or the code is too large.
+        SchedulerError: it was refused; nothing is left behind but the snapshot of the code, which the next one uses.
     """
+    packed = take(loaded, work_tree, _runs_root(loaded), told=told)
     with _new_folder(loaded, loaded.job.name) as folder:
-        spec = _freeze(loaded, planned, work_tree, folder.run_id, after)
+        snapshot = None if packed is None else packed.folder
+        spec = _freeze(loaded, planned, work_tree, folder.run_id, after, snapshot=snapshot)
         spec.write(folder.run_toml)
         job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
     folder.append_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
-    return Submitted(folder=folder, job_id=job_id, spec=spec)
+    return Submitted(folder=folder, job_id=job_id, spec=spec, packed=packed)
 
 
 def prepare(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, name: str) -> tuple[RunSpec, RunFolder]:
@@ -81,7 +96,13 @@ def _new_folder(loaded: Loaded, name: str) -> Iterator[RunFolder]:
 
 
 def _freeze(
-    loaded: Loaded, planned: Plan, work_tree: WorkTree, run_id: str, after: Sequence[RunFolder] = ()
+    loaded: Loaded,
+    planned: Plan,
+    work_tree: WorkTree,
+    run_id: str,
+    after: Sequence[RunFolder] = (),
+    *,
+    snapshot: Path | None = None,
 ) -> RunSpec:
     # The parts have been validated; building a validator of the whole would cost as much as all of theirs.
     return RunSpec.model_construct(
@@ -89,7 +110,7 @@ def _freeze(
         job=loaded.job,
         site=loaded.site,
         plan=planned,
-        provenance=provenance(loaded, work_tree),
+        provenance=provenance(loaded, work_tree, snapshot=snapshot),
         after=[str(folder.path) for folder in after],
         origins=dict(loaded.origins),
     )

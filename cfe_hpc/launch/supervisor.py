@@ -60,7 +60,7 @@ class Attempt:
             attempt=number,
             job_id=f"local-{os.getpid()}",
             argv=rank_command,
-            cwd=Path(spec.provenance.workdir),
+            cwd=Path(spec.provenance.start_folder),
         )
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfe_hpc.files import read_toml
+from cfe_hpc.ranks.env import slurm_job_id
 from cfe_hpc.ranks.redirect import redirect
 from cfe_hpc.ranks.signals import STOP_SIGNALS
 from cfe_hpc.runfolder import RunFolder
@@ -33,12 +34,14 @@ class RankTask:
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = RunFolder(Path(self.run_dir))
+        if folder.is_sweep:  # one pickle for all its tasks: the script knows which this is
+            folder = RunFolder(Path(os.environ["CFE_RUN_DIR"]))
         table: dict[str, Any] = read_toml(folder.run_toml)
         provenance = table["provenance"]
         redirect(_log_stem(folder, launcher=table["plan"].get("launcher", "srun")))
-        os.chdir(provenance["workdir"])
+        os.chdir(provenance.get("start_in", provenance["workdir"]))
         python = provenance["python"]
-        os.execv(python, [python, "-u", "-m", "cfe_hpc.ranks", self.run_dir])
+        os.execvp(python, [python, "-u", "-m", "cfe_hpc.ranks", str(folder.path)])
 
 
 def _log_stem(folder: RunFolder, *, launcher: str) -> Path:
@@ -47,4 +50,4 @@ def _log_stem(folder: RunFolder, *, launcher: str) -> Path:
     attempt = int(env.get("CFE_ATTEMPT_BASE", "0")) + int(env.get("SLURM_RESTART_COUNT", "0"))
     task = int(env["SLURM_PROCID"])
     rank = task if launcher == "srun" else f"node{task}"
-    return folder.logs / folder.log_stem(job_id=env["SLURM_JOB_ID"], attempt=attempt, rank=rank)
+    return folder.logs / folder.log_stem(job_id=slurm_job_id(env), attempt=attempt, rank=rank)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(Path(run_dir))
     spec = RunSpec.read(folder.run_toml)
     os.environ["CFE_RUN_DIR"] = str(folder.path)
-    os.chdir(spec.provenance.workdir)
+    os.chdir(spec.provenance.start_folder)
     facts = read_facts()
     code = _not_to_begin(folder, facts)
     if code is None and facts.rank == 0:
@@ -125,7 +125,7 @@ def _run_entry(folder: RunFolder, spec: RunSpec, facts: RankFacts) -> int:
 def find_entry(spec: RunSpec) -> Callable[[Any], Any]:
     """The function of the job's `entry`, its module imported."""
     # `python -m` has put the starting folder on the path, which need not be where the job was submitted.
-    sys.path.insert(0, spec.provenance.workdir)
+    sys.path.insert(0, spec.provenance.start_folder)
     module, _, function = (spec.job.entry or "").partition(":")
     entry: Callable[[Any], Any] = getattr(import_module(module), function)
     return entry

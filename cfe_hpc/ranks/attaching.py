@@ -85,7 +85,7 @@ def _attach(folder: RunFolder, rank: int) -> int:
     process = rank_process(folder.path, rank, node=node)
     if process is None:
         raise RunFailed(f"{folder.run_id}: rank {rank} has no process on this node; look into `cfe-hpc logs` for it")
-    os.chdir(spec.provenance.workdir)
+    os.chdir(spec.provenance.start_folder)
     environment = {**os.environ, **rank_variables(process.facts), **process.environment, _ATTACHED: "1"}
     print(f"cfe_hpc: rank {rank} of {process.facts.world_size} is process {process.pid} here", file=sys.stderr)
     for line in _advice(process.pid):
