@@ -121,7 +121,7 @@ def test_the_job_that_exports_asks_for_no_device(tmp_path: Path) -> None:
     assert f"#SBATCH --partition={partition.queue or spec.plan.partition}" in alone and "gres" not in alone
 
 
-def test_a_successor_brings_its_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_sent_anew_brings_an_export_and_a_successor_takes_over_that_of_its_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.create(tmp_path, "demo")
     run_spec(run_id=folder.run_id).write(folder.run_toml)
     (folder.path / successor.PICKLES).mkdir()

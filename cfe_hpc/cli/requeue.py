@@ -13,7 +13,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
         "A running attempt saves at its next step and goes back to the queue. A run that failed or is held gets a new "
-        "job on the same run folder, resuming from its newest checkpoint, with fresh budgets after a hold."
+        "job on the same run folder, resuming from its newest checkpoint, with fresh budgets after a hold; those "
+        "that were to follow it, and never started, are sent again, too."
     )
     common.add_run_argument(parser)
     common.add_json_argument(parser)
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     folder = common.find_run(args)
     outcome = requeue(folder)
     if args.json:
-        common.print_json({"run_id": folder.run_id, "job_id": outcome.job_id, "action": outcome.action})
+        document = {"run_id": folder.run_id, "job_id": outcome.job_id, "action": outcome.action}
+        common.print_json({**document, "followers": list(outcome.followers)})
     else:
         print(outcome.text)
     return 0

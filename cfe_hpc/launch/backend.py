@@ -27,8 +27,9 @@ class Backend(Protocol):
             UsageError: one of `after` has ended otherwise.
         """
 
-    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:
-        """Send the folder's submission.sh once more, as a job whose first attempt has number `next_attempt`."""
+    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int, after: Sequence[RunFolder] = ()) -> str:
+        """Send the folder's submission.sh once more, as a job whose first attempt has number `next_attempt`, to start
+        when all runs of `after`, none of which has ended, have completed."""
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         """Job id to state, for those that the scheduler still knows; one call for all of them."""

@@ -15,11 +15,11 @@ from cfe_hpc.runfolder import RunFolder
 __all__ = ["awaited", "dependency", "dependents", "keep_up", "note_dependent"]
 
 
-def awaited(after: Iterable[RunFolder], *, asked: str = "--after: ") -> list[RunFolder]:
+def awaited(after: Iterable[RunFolder], *, by: RunFolder | None = None) -> list[RunFolder]:
     """Those of the runs that have not completed yet, each once.
 
     Args:
-        asked: what the message of an error begins with: who wants to wait.
+        by: the run that waits; None when it is being submitted.
 
     Raises:
         UsageError: one has ended otherwise: whoever waits for it would wait for ever.
@@ -31,7 +31,10 @@ def awaited(after: Iterable[RunFolder], *, asked: str = "--after: ") -> list[Run
         if state == "COMPLETED":
             del waiting[path]
         elif state is not None:
-            raise UsageError(f"{asked}{folder.run_id}: ended {state}; requeue it, or submit without --after")
+            who, remedy = ("--after", "requeue it, or submit without --after")
+            if by is not None:
+                who, remedy = f"{by.run_id}: waits for", "requeue that one, and this one follows it"
+            raise UsageError(f"{who}: {folder.run_id}: ended {state}; {remedy}")
     return list(waiting.values())
 
 

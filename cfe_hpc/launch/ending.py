@@ -5,13 +5,16 @@ from __future__ import annotations
 import getpass
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.backend import Backend, backend_for
+from cfe_hpc.launch.dependencies import awaited, dependents
 from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, unused_attempt
 from cfe_hpc.launch.states import JobState, RunState
+from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -31,11 +34,13 @@ class Outcome:
             queue was lifted; "waiting": it waits in the queue already.
         job_id: of the job it was done to, or of the new one.
         text: a sentence for people.
+        followers: ids of the runs that were sent again with it, having waited for it in vain.
     """
 
     action: Literal["cancelled", "ended", "signalled", "resubmitted", "released", "waiting"]
     job_id: str | None
     text: str
+    followers: tuple[str, ...] = ()
 
 
 def cancel(folder: RunFolder) -> Outcome:
@@ -75,17 +80,18 @@ def _write_cancelled(folder: RunFolder) -> None:
 
 
 def requeue(folder: RunFolder) -> Outcome:
-    """Let a running attempt save and go back to the queue; send a failed or held run to the queue again.
+    """Let a running attempt save and go back to the queue; send a failed or held run to the queue again, and with it
+    those that waited for it in vain.
 
     Raises:
-        UsageError: the run has completed or was cancelled.
+        UsageError: the run has completed or was cancelled, or waits for one that has ended otherwise.
         SchedulerError: the scheduler refused or cannot be reached.
     """
     spec = RunSpec.read(folder.run_toml)
     state = (folder.result() or {}).get("state")
     if state == "COMPLETED":
         raise UsageError(f"{folder.run_id}: has completed; nothing is left to do: submit the job again for another run")
-    if state == "CANCELLED" or folder.promised("cancel") is not None:
+    if folder.promised("cancel") is not None or (state == "CANCELLED" and not _never_started(folder, spec)):
         raise UsageError(f"{folder.run_id}: was cancelled, and a cancelled run is never requeued; submit the job again")
     backend = backend_for(spec.site.scheduler)
     job = latest_job(folder)
@@ -126,12 +132,48 @@ def _nudge(folder: RunFolder, spec: RunSpec, backend: Backend, job: dict[str, ob
     return Outcome(action="signalled", job_id=job_id, text=text)
 
 
+def _never_started(folder: RunFolder, spec: RunSpec) -> bool:
+    """Whether the run has waited in vain for others, and nobody has cancelled it."""
+    return bool(spec.after) and latest_attempt(folder) is None and folder.promised("cancel") is None
+
+
 def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
+    before = _job_id(folder)
+    job_id = _send_again(folder, spec, backend)
+    if spec.site.scheduler == "slurm" and before is not None:
+        move_dependents(before, job_id)  # those that Slurm has not dropped yet
+    followers = _send_followers(folder, backend)
+    behind = f"; {', '.join(followers)} follow it" if followers else ""
+    text = f"{folder.run_id}: goes on as job {job_id}{behind}"
+    return Outcome(action="resubmitted", job_id=job_id, text=text, followers=tuple(followers))
+
+
+def _send_followers(folder: RunFolder, backend: Backend) -> list[str]:
+    """Send the runs again that were to follow one that ended badly, and those that were to follow them; their ids."""
+    sent = []
+    for follower in dependents(folder):
+        spec, job = RunSpec.read(follower.run_toml), latest_job(follower)
+        if not _never_started(follower, spec) or job is None:
+            continue
+        known = backend.states([job]).get(str(job["job_id"]))
+        if known is not None and known.state not in _OVER:
+            continue
+        try:
+            _send_again(follower, spec, backend)
+        except UsageError:  # another one that it waits for has ended badly, too
+            continue
+        sent += [follower.run_id, *_send_followers(follower, backend)]
+    return sent
+
+
+def _send_again(folder: RunFolder, spec: RunSpec, backend: Backend) -> str:
+    """A new job on the run folder; its id."""
+    after = awaited((RunFolder(Path(path)) for path in spec.after), by=folder)
     attempt = latest_attempt(folder)
     result, held = folder.result(), folder.promised("held")
     folder.reopen()
     try:
-        job_id = backend.resubmit(spec, folder, next_attempt=unused_attempt(folder))
+        job_id = backend.resubmit(spec, folder, next_attempt=unused_attempt(folder), after=after)
     except SchedulerError:
         if held is not None:
             folder.promise("held", **held)
@@ -139,7 +181,7 @@ def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
             folder.write_result(result)
         raise
     folder.append_event("requeued", attempt=attempt, reason="requeue_requested", detail=f"as job {job_id}")
-    return Outcome(action="resubmitted", job_id=job_id, text=f"{folder.run_id}: goes on as job {job_id}")
+    return job_id
 
 
 def _job_id(folder: RunFolder) -> str | None:

@@ -45,7 +45,8 @@ class LocalBackend:
         note_dependent(after, folder)
         return job_id
 
-    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:
+    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int, after: Sequence[RunFolder] = ()) -> str:
+        # The script itself says what it waits for.
         return _start(folder, attempt_base=next_attempt)
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:

@@ -81,9 +81,19 @@ class _Executor(SlurmExecutor):
         self.folder.mkdir(exist_ok=True)
         delayed.dump(self.folder / TASK_PICKLE)
         write_atomic(self._run_folder.submission_script, self.script())
-        options = [*self._options, *exclude_option(self._run_folder, self._spec.plan)]
-        job_id = send(self._run_folder, environment=clean_environment(os.environ), options=options)
-        return [SlurmJob(folder=self.folder, job_id=job_id, tasks=[0])]
+        return [SlurmJob(folder=self.folder, job_id=self._send(), tasks=[0])]
+
+    def _send(self) -> str:
+        folder, environment = self._run_folder, clean_environment(os.environ)
+        if self._spec.job.sweep is not None:
+            from cfe_hpc.config.tasks import Tasks  # late: few jobs are sweeps
+            from cfe_hpc.launch.arrays import send_tasks
+
+            return send_tasks(self._spec, folder, range(Tasks.read(folder.sweep_json).tasks), options=self._options)[0]
+        options = [*self._options, *exclude_option(folder, self._spec.plan)]
+        job_id = send(folder, environment=environment, options=options)
+        record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
+        return job_id
 
 
 def _tasks(plan: Plan) -> tuple[int, int]:
@@ -125,11 +135,11 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
             # Not bash's EPOCHREALTIME, which writes the decimal point as the locale has it.
             'export CFE_ALLOCATED_S="$(date +%s.%N)"',
             *prologue(spec, folder),
-            'export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"',
+            *_attempt_base(spec, python),
             # submitit would requeue by itself on this signal; nobody sends this one.
             "export SUBMITIT_PREEMPT_SIGNAL=URG",
             'cd -- "$CFE_RUN_DIR" || exit 1',
-            *_redirection(folder),
+            *_redirection(spec, folder),
             # Told to end, bash would go at once and leave out what comes after srun.
             "trap : TERM",
         ],
@@ -143,8 +153,15 @@ def _log(folder: RunFolder, script: str, ending: str) -> str | None:
     return None if re.search(r"[%\\]", str(folder.path)) else f"logs/%j.{script}.{ending}"
 
 
-def _redirection(folder: RunFolder) -> list[str]:
-    if _log(folder, "batch", "out"):
+def _attempt_base(spec: RunSpec, python: str) -> list[str]:
+    """Lines that tell the number of the job's first attempt; a task of a sweep looks into its folder, or makes it."""
+    if spec.job.sweep is None:
+        return ['export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"']
+    return [f'CFE_ATTEMPT_BASE="$({python} -m cfe_hpc.ranks.sweep_task)" || exit 1', "export CFE_ATTEMPT_BASE"]
+
+
+def _redirection(spec: RunSpec, folder: RunFolder) -> list[str]:
+    if _log(folder, "batch", "out") or spec.job.sweep is not None:
         return []
     return ['exec >>"logs/$SLURM_JOB_ID.batch.out" 2>>"logs/$SLURM_JOB_ID.batch.err"']
 
@@ -152,11 +169,12 @@ def _redirection(folder: RunFolder) -> list[str]:
 def _additional(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     """Options that submitit has no word for, or spells in coarser units."""
     plan = spec.plan
+    own = spec.job.sweep is None  # tasks of a sweep turn to their own folders' logs
     options: dict[str, Any] = {
         "requeue": True,
         "open-mode": "append",
-        "output": _log(folder, "batch", "out") or "/dev/null",
-        "error": _log(folder, "batch", "err") or "/dev/null",
+        "output": (own and _log(folder, "batch", "out")) or "/dev/null",
+        "error": (own and _log(folder, "batch", "err")) or "/dev/null",
         "signal": f"{plan.signal}@{plan.signal_lead_s}",
         **({} if plan.time_s is None else {"time": slurm_time(plan.time_s)}),
         **({"nodes": f"{plan.nodes_min}-{plan.nodes}"} if _elastic(plan) else {}),
@@ -204,7 +222,6 @@ class SlurmBackend:
         options = dependency(upstream)
         job = _Executor(spec, folder, options=options).submit(RankTask(str(folder.path)))
         job_id: str = job.job_id
-        record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
         note_dependent(after, folder)
         keep_up(upstream, options)
         if spec.job.checkpoint.export_epochs is not None:
@@ -213,8 +230,11 @@ class SlurmBackend:
             send_export(folder, job_id=job_id, environment=clean_environment(os.environ))
         return job_id
 
-    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int) -> str:
-        return submit_successor(folder, job_id="", next_attempt=next_attempt)
+    def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int, after: Sequence[RunFolder] = ()) -> str:
+        options = dependency(after)
+        job_id = submit_successor(folder, job_id="", next_attempt=next_attempt, options=options)
+        keep_up(after, options)
+        return job_id
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         return queue(job["job_id"] for job in jobs)

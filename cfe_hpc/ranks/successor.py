@@ -7,16 +7,19 @@ holds the folder's path; each job finds it under its own id.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
+from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
@@ -25,9 +28,12 @@ __all__ = [
     "clean_environment",
     "record",
     "record_job",
+    "records",
+    "sbatch",
     "send",
     "send_export",
     "submit_successor",
+    "unused_attempt",
 ]
 
 logger = logging.getLogger(__name__)
@@ -46,7 +52,7 @@ _FOREIGN = re.compile(
     r"|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE)"
     r"|(GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|TORCHELASTIC_.*"
     r"|CFE_(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|NUM_NODES|ATTEMPT|ATTEMPT_BASE|JOB_ID|RUN_DIR"
-    r"|CONTROL_PORT|ALLOCATED_S|HOSTS|PIDS|RESTART|SCHEDULER|WORKER)"
+    r"|CONTROL_PORT|ALLOCATED_S|SWEEP_DIR|SWEEP_TASK|SWEEP_OFFSET|SWEEP_TASKS|HOSTS|PIDS|RESTART|SCHEDULER|WORKER)"
     r"|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|HABANA_VISIBLE_MODULES|HABANA_VISIBLE_DEVICES)$"
 )
 
@@ -85,13 +91,15 @@ def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence
     Raises:
         SchedulerError: sbatch is missing, refused (in its own words, with what to do), or gave no answer.
     """
-    job_id = _sbatch(folder, folder.submission_script, environment, options)
+    job_id = sbatch(folder, folder.submission_script, environment, options)
     pickles = folder.path / PICKLES
-    os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
+    with contextlib.suppress(FileExistsError):  # a task of a sweep has been quicker
+        os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
     return job_id
 
 
-def _sbatch(folder: RunFolder, script: Path, environment: Mapping[str, str], options: Sequence[str]) -> str:
+def sbatch(folder: RunFolder, script: Path, environment: Mapping[str, str], options: Sequence[str]) -> str:
+    """Send a script of the run folder; the job id. Raises as `send`."""
     # The folder goes as an argument, not into the script: #SBATCH lines know no way to spell a line break.
     argv = ["sbatch", "--parsable", f"--chdir={folder.path}", *options, str(script)]
     try:
@@ -107,8 +115,7 @@ def _sbatch(folder: RunFolder, script: Path, environment: Mapping[str, str], opt
 def send_export(folder: RunFolder, *, job_id: str, environment: Mapping[str, str]) -> str | None:
     """Send the run folder's export.sh, where there is one, to start when job `job_id` has ended well.
 
-    A requeued job keeps its id. Where a successor takes over, the export that waits for its predecessor is dropped by
-    Slurm when that did not end well, and finds its work half done when it did; the successor has one of its own.
+    A requeued job keeps its id. Where a successor takes over, what waits for its predecessor waits for it.
 
     Returns:
         The job's id. None when there is nothing to send, or it was refused: that is told, and harms no training.
@@ -117,7 +124,7 @@ def send_export(folder: RunFolder, *, job_id: str, environment: Mapping[str, str
         return None
     options = [f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes"]
     try:
-        return _sbatch(folder, folder.export_script, environment, options)
+        return sbatch(folder, folder.export_script, environment, options)
     except SchedulerError as error:
         remedy = f"give `cfe-hpc checkpoints export {folder.run_id} --epochs` when the run has completed"
         logger.warning("epochs will not be exported by themselves: %s; %s", error, remedy)
@@ -146,11 +153,33 @@ def record(folder: RunFolder, kind: str, **facts: object) -> None:
         name = f"{kind}-{earlier}"
 
 
-def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> str:
+def records(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """What `record` has written of a kind, oldest first."""
+    found = []
+    record = folder.promised(kind)
+    while record is not None:
+        found.append(record)
+        record = folder.promised(f"{kind}-{len(found)}")
+    return found
+
+
+def unused_attempt(folder: RunFolder) -> int:
+    """A number for the next attempt that no earlier one has left a word under: promises are made once per number,
+    and an attempt that died while it was starting up has made some, too."""
+    attempts = [event.get("attempt") for event in folder.events()]
+    return 1 + max((attempt for attempt in attempts if isinstance(attempt, int)), default=-1)
+
+
+def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int, options: Sequence[str] = ()) -> str:
     """Send the run's script again, to start when job `job_id` has ended; one process of the run calls it, once.
 
+    What waits for that job, the run's own export and the runs that were submitted to follow it, waits for the new one
+    then.
+
     Args:
+        job_id: "" when the run has no job that still runs.
         next_attempt: number of the first attempt of the new job.
+        options: further options of sbatch.
 
     Returns:
         The new job's id, recorded in control/job-<k>.
@@ -159,9 +188,23 @@ def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int) -> st
         SchedulerError: sbatch refused or cannot be reached from here.
     """
     environment = clean_environment(os.environ) | {"CFE_ATTEMPT_BASE": str(next_attempt)}
-    options = [f"--dependency=afterany:{job_id}"] if job_id else []
-    options += exclude_option(folder, RunSpec.read(folder.run_toml).plan)
+    if folder.sweep_task is not None:  # its script is the sweep's, and this job no array
+        environment["CFE_SWEEP_TASK"] = str(folder.sweep_task)
+    dependency = [f"--dependency=afterany:{job_id}"] if job_id else []
+    options = [*dependency, *options, *exclude_option(folder, RunSpec.read(folder.run_toml).plan)]
     successor = send(folder, environment=environment, options=options)
     record_job(folder, job_id=successor, scheduler="slurm", attempt_base=next_attempt, after=job_id)
-    send_export(folder, job_id=successor, environment=environment)
+    if job_id:
+        _take_along(job_id, successor)
+    else:
+        send_export(folder, job_id=successor, environment=environment)
     return successor
+
+
+def _take_along(job_id: str, successor: str) -> None:
+    """Let what waits for a job wait for its successor. The successor is there already: whatever happens, it stays."""
+    try:
+        for waiting in move_dependents(job_id, successor):
+            logger.info("job %s, which waits for %s, waits for its successor %s now", waiting, job_id, successor)
+    except SchedulerError as error:
+        logger.warning("what waits for job %s may never start: %s", job_id, error)
