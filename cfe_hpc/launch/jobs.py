@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cfe_hpc.ranks.successor import records, unused_attempt
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["all_jobs", "latest_attempt", "latest_job", "records", "unused_attempt"]
@@ -12,16 +13,6 @@ __all__ = ["all_jobs", "latest_attempt", "latest_job", "records", "unused_attemp
 def all_jobs(folder: RunFolder) -> list[dict[str, Any]]:
     """The run's jobs, oldest first: each with `job_id`, `scheduler` and `attempt_base` at least."""
     return records(folder, "job")
-
-
-def records(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
-    """What `ranks.successor.record` has written of a kind, oldest first."""
-    found = []
-    record = folder.promised(kind)
-    while record is not None:
-        found.append(record)
-        record = folder.promised(f"{kind}-{len(found)}")
-    return found
 
 
 def latest_job(folder: RunFolder) -> dict[str, Any] | None:
@@ -34,10 +25,3 @@ def latest_attempt(folder: RunFolder) -> int | None:
     """Number of the newest attempt that started; None before the first."""
     attempts = [event["attempt"] for event in folder.events() if event.get("event") == "started"]
     return max((attempt for attempt in attempts if isinstance(attempt, int)), default=None)
-
-
-def unused_attempt(folder: RunFolder) -> int:
-    """A number for the next attempt that no earlier one has left a word under: promises are made once per number,
-    and an attempt that died while it was starting up has made some, too."""
-    attempts = [event.get("attempt") for event in folder.events()]
-    return 1 + max((attempt for attempt in attempts if isinstance(attempt, int)), default=-1)

@@ -53,13 +53,31 @@ def environment_of(spec: RunSpec) -> dict[str, str]:
 
 def prologue(spec: RunSpec, folder: RunFolder) -> list[str]:
     """Shell lines that prepare a node: variables, modules, the site's own lines as they stand."""
-    lines = [f"export CFE_RUN_DIR={shlex.quote(str(folder.path))}"]
+    lines = _run_dir(folder) if spec.job.sweep is None else _task_dir(folder)
     parent = _package_parent(spec.provenance.python)
     if parent is not None:
         lines.append(f'export PYTHONPATH={shlex.quote(str(parent))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment_of(spec).items()]
     lines += [f"module load {shlex.quote(module)} || exit 1" for module in spec.site.environment.modules]
     return lines + list(spec.site.environment.setup)
+
+
+def _run_dir(folder: RunFolder) -> list[str]:
+    task = [] if folder.sweep_task is None else [f"export CFE_SWEEP_TASK={folder.sweep_task}"]
+    return [f"export CFE_RUN_DIR={shlex.quote(str(folder.path))}", *task]
+
+
+def _task_dir(sweep: RunFolder) -> list[str]:
+    """Lines of an array's script: which task this is, by its index or, outside of an array, by its number; and all that
+    the script says goes to that task's folder from here on."""
+    return [
+        f"export CFE_SWEEP_DIR={shlex.quote(str(sweep.path))}",
+        'export CFE_SWEEP_TASK="${CFE_SWEEP_TASK:-$((CFE_SWEEP_OFFSET + SLURM_ARRAY_TASK_ID))}"',
+        'export CFE_RUN_DIR="$CFE_SWEEP_DIR/tasks/$(printf %06d "$CFE_SWEEP_TASK")"',
+        'mkdir -p -- "$CFE_RUN_DIR/logs" || exit 1',
+        'log="$CFE_RUN_DIR/logs/${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}.batch"',
+        'exec >>"$log.out" 2>>"$log.err"',
+    ]
 
 
 @cache

@@ -13,6 +13,7 @@ from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.config.site import expand_runs_root
 from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.provenance import WorkTree, provenance
 from cfe_hpc.launch.snapshot import Packed, Told, folder_of, take
@@ -62,6 +63,10 @@ def submit(
         snapshot = None if packed is None else packed.folder
         spec = _freeze(loaded, planned, work_tree, folder.run_id, after, snapshot=snapshot)
         spec.write(folder.run_toml)
+        if spec.job.sweep is not None:
+            from cfe_hpc.config.sweep_rules import read_tasks  # late: few jobs are sweeps
+
+            write_atomic(folder.sweep_json, read_tasks(spec.job.sweep).dump())
         job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
     folder.append_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
     return Submitted(folder=folder, job_id=job_id, spec=spec, packed=packed)

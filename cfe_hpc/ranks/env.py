@@ -12,7 +12,7 @@ from typing import Literal
 from cfe_hpc.errors import UsageError
 from cfe_hpc.ranks.nodelist import expand
 
-__all__ = ["RankFacts", "read_facts"]
+__all__ = ["RankFacts", "read_facts", "slurm_job_id"]
 
 
 Scheduler = Literal["slurm", "local", "none"]
@@ -76,6 +76,13 @@ def read_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
     )
 
 
+def slurm_job_id(environ: Mapping[str, str]) -> str:
+    """This job as Slurm's commands take it; "" outside of one. A task of an array is `<array>_<index>`: its own number
+    may be the array's, and a command would then mean all tasks."""
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else environ.get("SLURM_JOB_ID", "")
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name)
     if text is None and default is not None:
@@ -126,7 +133,7 @@ def _from_srun(env: Mapping[str, str]) -> RankFacts:
         node_rank=node_rank,
         num_nodes=len(hosts),
         hosts=hosts,
-        job_id=env.get("SLURM_JOB_ID", ""),
+        job_id=slurm_job_id(env),
         attempt=_number(env, "CFE_ATTEMPT_BASE", 0) + _number(env, "SLURM_RESTART_COUNT", 0),
     )
 

@@ -17,6 +17,7 @@ from typing import Literal
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
 from cfe_hpc.metrics.exporter import withdraw
+from cfe_hpc.ranks.env import slurm_job_id
 from cfe_hpc.ranks.patience import insist
 from cfe_hpc.ranks.scheduler import JobRecord, ask_for_another, show_job
 from cfe_hpc.ranks.stopping import hold, promise_next
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir, status = (sys.argv[1:] if argv is None else argv)[:2]
     folder = RunFolder(Path(run_dir))
     attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    job_id = os.environ["SLURM_JOB_ID"]
+    job_id = slurm_job_id(os.environ)
     note_end(folder, attempt=attempt, status=int(status), job_id=job_id)
     if folder.result() is not None:
         close_books(folder)
@@ -117,7 +118,7 @@ def _conclude(folder: RunFolder, *, attempt: int, status: int, job_id: str) -> N
         record = insist(lambda: show_job(job_id))
         if record.state != "RUNNING":
             return
-        killed = oom_kills(job_id=job_id) or 0
+        killed = oom_kills(job_id=os.environ["SLURM_JOB_ID"]) or 0  # by which cgroups are named
         if close_failed_attempt(folder, attempt=attempt, status=status, cause=_cause(record), oom_kills=killed):
             _request(folder, job_id, attempt)
     except CfeError as error:

@@ -46,7 +46,7 @@ class Exclusion:
 
 def runs_root(folder: RunFolder) -> Path:
     """The folder of all runs that this run's folder lies in."""
-    return folder.path.parents[1]
+    return folder.top.path.parents[1]
 
 
 def exclusions_folder(root: Path) -> Path:
