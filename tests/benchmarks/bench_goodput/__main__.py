@@ -69,6 +69,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.ways = args.ways.split(";")
     if unknown := sorted(set(args.ways) - set(WAYS)):
         parser.error(f"--ways: no {', '.join(unknown)}; there are {', '.join(WAYS)}")
+    if not args.folder.is_dir():
+        parser.error(f"--folder: no such folder ({args.folder}); make it, on the disk to measure")
     return args
 
 
@@ -94,7 +96,7 @@ def _rounds(cluster: Cluster, folder: Path, args: argparse.Namespace, preemption
             outcomes.append(outcome)
             bare(cluster, beside, _BARE_STEPS)
         lines = read_bare(beside)[taken:]
-        keys = ("imports_s", "load_s", "step_s", "save_s", "write_s")
+        keys = ("imports_s", "load_s", "step_s", "step_median_s", "save_s", "write_s")
         result["bare"].append({key: median(line[key] for line in lines) for key in keys} | {"lines": lines})
         result["rows"] += [report.figures(outcome, result["bare"][-1], steps) for outcome in outcomes]
         result["outcomes"] += [asdict(outcome) for outcome in outcomes]

@@ -16,7 +16,7 @@ def figures(outcome: Outcome, bare: dict[str, float], steps: int) -> dict[str, A
     """What one outcome comes to.
 
     Args:
-        bare: `imports_s`, `load_s`, `step_s` and `save_s` of the same round.
+        bare: `imports_s`, `load_s`, `step_s` (the mean) and `save_s` of the same round.
         steps: of the whole run.
 
     Returns:
@@ -51,7 +51,10 @@ _COLUMNS += (("of ideal", 18), ("first step after s", 19), ("x bare start", 18))
 
 def table(rows: Sequence[dict[str, Any]], bares: Sequence[dict[str, float]]) -> Iterator[str]:
     """A line for each way, medians over the rounds with the least and the most; then the two ratios of ours."""
-    shown = {key: _spread([bare[key] for bare in bares], 3) for key in ("step_s", "save_s", "imports_s", "load_s")}
+    shown = {
+        key: _spread([bare[key] for bare in bares], 3)
+        for key in ("step_s", "step_median_s", "save_s", "imports_s", "load_s")
+    }
     yield "bare: " + ", ".join(f"{key.removesuffix('_s')} {value} s" for key, value in shown.items())
     yield "".join(f"{name:<{width}}" if not name else f"{name:>{width}}" for name, width in _COLUMNS)
     for way in dict.fromkeys(row["way"] for row in rows):
