@@ -16,7 +16,6 @@ from spine.harness import LiveRun, site_file, write_job
 
 from cfe_hpc.checkpoints import marks
 from cfe_hpc.launch.exporting import export_script
-from cfe_hpc.ranks import successor
 from cfe_hpc.runfolder import RunFolder
 
 EPOCHS = {"name": "epochs", "entry": "entries:epochs", "params": {"steps": 9, "epoch_steps": 4}}
@@ -119,29 +118,3 @@ def test_the_job_that_exports_asks_for_no_device(tmp_path: Path) -> None:
         log=("out", "err"),
     )
     assert f"#SBATCH --partition={partition.queue or spec.plan.partition}" in alone and "gres" not in alone
-
-
-def test_a_job_sent_anew_brings_an_export_and_a_successor_takes_over_that_of_its_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder.create(tmp_path, "demo")
-    run_spec(run_id=folder.run_id).write(folder.run_toml)
-    (folder.path / successor.PICKLES).mkdir()
-    (folder.path / successor.PICKLES / successor.TASK_PICKLE).touch()
-    sent: list[list[str]] = []
-
-    class Answer:
-        def __init__(self, number: int) -> None:
-            self.stdout = f"{number}\n"
-
-    def run(argv: list[str], **words: Any) -> Answer:
-        sent.append(argv)
-        return Answer(40 + len(sent))
-
-    monkeypatch.setattr(successor, "run", run)
-    assert successor.submit_successor(folder, job_id="7", next_attempt=1) == "41"
-    folder.export_script.touch()
-    assert successor.submit_successor(folder, job_id="41", next_attempt=2) == "42"
-    assert [argv[-1] for argv in sent] == [
-        *(str(folder.submission_script) for _ in range(2)),
-        str(folder.export_script),
-    ]
-    assert "--dependency=afterok:42" in sent[2] and "--kill-on-invalid-dep=yes" in sent[2]
