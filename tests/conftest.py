@@ -108,11 +108,11 @@ def _wait_until_ready(gateway: Pushgateway) -> None:
 # The real-Slurm tests: skipped where they cannot run, but never in CI; counted; explained when they fail.
 
 
-@functools.cache
 _WITH_THE_REST = {"test_day_slurm.py"}
 """Files that need Slurm, on a cluster of their own, and go to the worker that is done sooner."""
 
 
+@functools.cache
 def _needs_slurm(path: Path) -> bool:
     return path.name not in _WITH_THE_REST and "pytest.mark.slurm" in path.read_text()
 
