@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.recovery.attempts import Attempt, read_attempts
 from cfe_hpc.recovery.ledger import Summary, summarise
+from cfe_hpc.reports.upstream import in_vain, unfinished, upstream
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import epoch_s
 
@@ -122,6 +123,9 @@ def _unsettled(
     """The state of a run whose folder does not say how it ended."""
     if job_id is None:
         return _never_submitted(newest)
+    following = _following(folder, word) if newest is None else None
+    if following is not None:
+        return following
     if word is None:
         word = SchedulerWord(state="GONE", reason=f"vanished: the scheduler no longer knows job {job_id}")
     if word.state == "UNKNOWN":
@@ -134,6 +138,18 @@ def _unsettled(
     ended = word.reason or f"the job ended ({word.state})"
     error = f"; {newest.error}" if newest and newest.error else ""
     return "FAILED", f"{ended}, and left no result{error}"
+
+
+def _following(folder: RunFolder, word: SchedulerWord | None) -> tuple[RunState, str] | None:
+    """The state of a run that has not begun and is to follow others; None of any other, and when they do not matter."""
+    if not upstream(folder) or folder.promised("cancel") is not None:
+        return None
+    if word is None or word.state not in ("PENDING", "RUNNING", "HELD", "UNKNOWN"):
+        return "CANCELLED", in_vain(folder) or "never started: what it waited for did not complete"
+    waiting = unfinished(folder)
+    if not waiting or word.state not in ("PENDING", "RUNNING"):
+        return None
+    return "PENDING", in_vain(folder) or f"waits for {', '.join(waiting)}"  # on this machine something runs that waits
 
 
 def _never_submitted(newest: Attempt | None) -> tuple[RunState, str]:
