@@ -24,6 +24,7 @@ __all__ = [
     "fsync_dir",
     "fsync_file",
     "lay_up",
+    "ndjson_record",
     "read_ndjson",
     "read_toml",
     "write_atomic",
@@ -191,12 +192,23 @@ def read_ndjson(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[s
         if last_bytes is not None:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - last_bytes))
         for line in stream:
-            try:
-                record = json.loads(line.decode("utf-8", errors="replace"))
-            except ValueError:
-                continue
-            if isinstance(record, dict):
+            record = ndjson_record(line)
+            if record is not None:
                 yield record
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def ndjson_record(line: bytes) -> dict[str, Any] | None:
+    """The object of one line; None where there is none, or it is torn."""
+    text = line.decode("utf-8", errors="replace").strip()
+    try:
+        # json.loads would look for white space around it once more: a third of what reading a heartbeat costs.
+        record, end = _decode(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and end == len(text) else None
 
 
 def read_toml(path: Path, *, shown_as: str | None = None) -> dict[str, Any]:

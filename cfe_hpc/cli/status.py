@@ -107,7 +107,7 @@ def _print_failures(failures: Sequence[str]) -> None:
 def _print(statuses: Iterator[RunStatus], args: argparse.Namespace) -> None:
     """The JSON list, one status after the other, or the table."""
     if args.json:
-        _print_list(statuses)
+        _print_list(statuses, indent=2 if args.run else None)
         return
     hidden, ended, rows = 0, deque[int](), []
     for status in statuses:
@@ -123,13 +123,12 @@ def _print(statuses: Iterator[RunStatus], args: argparse.Namespace) -> None:
         print(f"({hidden} that ended before: `cfe-hpc status --all`)")
 
 
-def _print_list(statuses: Iterator[RunStatus]) -> None:
-    from dataclasses import asdict
-
+def _print_list(statuses: Iterator[RunStatus], *, indent: int | None) -> None:
+    """One JSON list, a run at a time: of thousands none need be kept."""
     before = "[\n"
     for status in statuses:
-        document = json.dumps(asdict(status), indent=2, ensure_ascii=False)
-        sys.stdout.write(before + "  " + document.replace("\n", "\n  "))
+        facts = {name: getattr(status, name) for name in status.__slots__}
+        sys.stdout.write(before + json.dumps(facts, indent=indent, ensure_ascii=False))
         before = ",\n"
     sys.stdout.write("[]\n" if before == "[\n" else "\n]\n")
 

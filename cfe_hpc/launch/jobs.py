@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cfe_hpc.ranks.successor import records, unused_attempt
+from cfe_hpc.ranks.jobrecords import records, unused_attempt
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["all_jobs", "latest_attempt", "latest_job", "records", "unused_attempt"]

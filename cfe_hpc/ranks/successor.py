@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.dependents import move_dependents
+from cfe_hpc.ranks.jobrecords import record, record_job, records, unused_attempt
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
@@ -138,36 +138,6 @@ def _refusal(error: CommandError) -> SchedulerError:
     said = "; ".join(dict.fromkeys(word for word in words if word)) or str(error)
     found = (remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, re.IGNORECASE))
     return SchedulerError(f"sbatch: refused the job ({said}); {next(found, 'see what `cfe-hpc check` says of it')}")
-
-
-def record_job(folder: RunFolder, **facts: object) -> None:
-    """Write a job of the run to control/job, or the next free control/job-<k> when there is one already."""
-    record(folder, "job", **facts)
-
-
-def record(folder: RunFolder, kind: str, **facts: object) -> None:
-    """Write control/<kind>, or the next free control/<kind>-<k> when there is one already. Raises OSError."""
-    name, earlier = kind, 0
-    while not folder.promise(name, **facts):
-        earlier += 1
-        name = f"{kind}-{earlier}"
-
-
-def records(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
-    """What `record` has written of a kind, oldest first."""
-    found = []
-    record = folder.promised(kind)
-    while record is not None:
-        found.append(record)
-        record = folder.promised(f"{kind}-{len(found)}")
-    return found
-
-
-def unused_attempt(folder: RunFolder) -> int:
-    """A number for the next attempt that no earlier one has left a word under: promises are made once per number,
-    and an attempt that died while it was starting up has made some, too."""
-    attempts = [event.get("attempt") for event in folder.events()]
-    return 1 + max((attempt for attempt in attempts if isinstance(attempt, int)), default=-1)
 
 
 def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int, options: Sequence[str] = ()) -> str:

@@ -179,7 +179,7 @@ def spent_s(spent: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
 
 def _newest(legs: Sequence[tuple[Part, int]], said_s: float | None) -> tuple[Part, int]:
     """The leg that was under way then: the newest that had begun. A part's first begins with its process."""
-    if said_s is not None:
+    if said_s is not None and len(legs) > 1:
         for part, index in reversed(legs):
             began_s = part.attempt.legs[index].began_s if index else part.attempt.started_s
             if began_s is not None and began_s <= said_s:
@@ -188,6 +188,8 @@ def _newest(legs: Sequence[tuple[Part, int]], said_s: float | None) -> tuple[Par
 
 
 def _number(value: Any) -> float:
+    if type(value) is float and value >= 0.0:  # what nearly all are
+        return value
     return max(0.0, float(value)) if isinstance(value, (int, float)) and value == value else 0.0
 
 

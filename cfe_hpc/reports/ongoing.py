@@ -6,13 +6,13 @@ only add to the sums; whatever else happens, a stop, a roll-back, a new attempt,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cfe_hpc.files import ndjson_record
 from cfe_hpc.recovery.buckets import BUCKETS, Part, fitted, spent_s, told_by
 from cfe_hpc.recovery.ledger import Summary, parts_of, summed
 from cfe_hpc.runfolder import RunFolder
@@ -200,12 +200,8 @@ def _appended(path: Path, start: int) -> Iterator[dict[str, Any]]:
         with open(path, "rb") as stream:
             stream.seek(start)
             for line in stream:
-                if line.endswith(b"\n"):
-                    try:
-                        record = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(record, dict):
-                        yield record
+                record = ndjson_record(line) if line.endswith(b"\n") else None
+                if record is not None:
+                    yield record
     except FileNotFoundError:
         return
