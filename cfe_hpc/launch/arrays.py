@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
+from cfe_hpc.launch.array_states import ranges
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.successor import clean_environment, record_job, sbatch
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Array", "array_max", "arrays", "ranges", "send_tasks", "unranged"]
+__all__ = ["Array", "array_max", "arrays", "send_tasks"]
 
 _TIMEOUT_S = 30.0
 _DEFAULT_MAX = 1001
@@ -79,25 +80,6 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
         candidates = [index for index, share in enumerate(shares) if share + step >= 1]
         shares[max(candidates, key=lambda index: step * (exact[index] - shares[index]))] += step
     return shares
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in order as Slurm writes them: `0-3,7`."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
-
-
-def unranged(text: str) -> Iterator[int]:
-    """The numbers of `ranges`, also with Slurm's steps (`0-8:2`) and throttle (`%4`)."""
-    for part in text.partition("%")[0].split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part.strip())
-        if match:
-            yield from range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
 
 
 def array_max(spec: RunSpec) -> int:

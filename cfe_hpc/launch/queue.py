@@ -53,6 +53,8 @@ def job_states(scheduler: str, jobs: Sequence[dict[str, Any]], *, max_age_s: flo
 def queue(job_ids: Iterable[str], *, max_age_s: float = 0.0, accounting: bool = False) -> dict[str, JobState]:
     """What Slurm knows of the jobs, by job id; those it has forgotten are left out. No ids: no call.
 
+    An array that is asked for by its own number is there as a whole, and each of its tasks under `<array>_<index>`.
+
     Args:
         max_age_s: an answer this old will do; 0 asks anew.
         accounting: ask sacct, where there is one, about jobs that squeue has forgotten. It is asked once about each.
@@ -63,9 +65,18 @@ def queue(job_ids: Iterable[str], *, max_age_s: float = 0.0, accounting: bool = 
     wanted = set(job_ids)
     if not wanted:
         return {}
-    known = _known(wanted, max_age_s)
-    rows = {**_accounted(sorted(wanted - known.keys()), max_age_s), **known} if accounting else known
-    return {job_id: JobState(**row) for job_id, row in rows.items() if job_id in wanted}
+    known = _of(wanted, _known(wanted, max_age_s))
+    if accounting:
+        known = {**_of(wanted, _accounted(sorted(wanted - known.keys()), max_age_s)), **known}
+    return {job_id: JobState(**row) for job_id, row in known.items()}
+
+
+def _of(wanted: set[str], rows: dict[str, Row]) -> dict[str, Row]:
+    if any("_" in job_id for job_id in rows):
+        from cfe_hpc.launch.array_states import expanded  # late: few jobs are arrays
+
+        return expanded(rows, wanted)
+    return {job_id: row for job_id, row in rows.items() if job_id in wanted}
 
 
 def poll_interval_s(folder: RunFolder) -> float:
@@ -149,7 +160,8 @@ def _squeue(job_ids: list[str]) -> dict[str, Row]:
     which = f"--jobs={','.join(job_ids)}" if len(job_ids) <= _MOST_IDS else f"--user={os.geteuid()}"
     argv = ["squeue", "--noheader", "--states=all", which, "-o", _FORMAT]
     try:
-        done = run(argv, timeout_s=_TIMEOUT_S, check=False)
+        # Or the indices of an array's tasks that wait are cut off after 64 characters.
+        done = run(argv, timeout_s=_TIMEOUT_S, check=False, env={**os.environ, "SLURM_BITSTR_LEN": "0"})
     except CommandError as error:
         raise SchedulerError(f"{error}; ask from a machine that has Slurm's commands") from error
     # A single forgotten id is an error to squeue; several are passed over in silence.
