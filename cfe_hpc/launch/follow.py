@@ -9,7 +9,8 @@ from typing import Any
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.backend import backend_for
-from cfe_hpc.launch.jobs import latest_job
+from cfe_hpc.launch.jobs import latest_attempt, latest_job
+from cfe_hpc.recovery.upstream import in_vain
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["describe", "follow"]
@@ -28,7 +29,7 @@ def follow(folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> str:
 
     Returns:
         The run's state: COMPLETED, FAILED, CANCELLED or HELD. When its job is gone without a result: CANCELLED if
-        that was asked for, else FAILED.
+        that was asked for, or it was to follow a run that ended badly, else FAILED.
     """
     told, gone, asked_s, beat_s = 0, 0, time.monotonic(), time.monotonic()
     while True:
@@ -44,8 +45,9 @@ def follow(folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> str:
             asked_s = now_s
             gone = gone + 1 if _is_gone(folder, spec) else 0
         if gone >= _GONE_LOOKS and folder.result() is None:
-            say("its job is gone, and left no result; see the run's logs")
-            return "FAILED" if folder.promised("cancel") is None else "CANCELLED"
+            vain = in_vain(folder) if latest_attempt(folder) is None else None
+            say(vain or "its job is gone, and left no result; see the run's logs")
+            return "FAILED" if folder.promised("cancel") is None and vain is None else "CANCELLED"
         time.sleep(_LOOK_EVERY_S)
 
 

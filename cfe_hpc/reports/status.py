@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.recovery.attempts import Attempt, read_attempts
 from cfe_hpc.recovery.ledger import Summary, summarise
-from cfe_hpc.reports.upstream import in_vain, unfinished, upstream
+from cfe_hpc.recovery.upstream import in_vain, unfinished, upstream
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import epoch_s
 
