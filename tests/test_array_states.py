@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cfe_hpc.launch.array_states import expanded, ranges, unranged
+from cfe_hpc.ranks.array_states import expanded, ranges, unranged
 
 
 def _row(job_id: str, state: str) -> dict[str, Any]:

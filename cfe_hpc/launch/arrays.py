@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
-from cfe_hpc.launch.array_states import ranges
 from cfe_hpc.process import CommandError, run
+from cfe_hpc.ranks.array_states import ranges
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.successor import clean_environment, record_job, sbatch
 from cfe_hpc.runfolder import RunFolder

@@ -73,7 +73,7 @@ def queue(job_ids: Iterable[str], *, max_age_s: float = 0.0, accounting: bool = 
 
 def _of(wanted: set[str], rows: dict[str, Row]) -> dict[str, Row]:
     if any("_" in job_id for job_id in rows):
-        from cfe_hpc.launch.array_states import expanded  # late: few jobs are arrays
+        from cfe_hpc.ranks.array_states import expanded  # late: few jobs are arrays
 
         return expanded(rows, wanted)
     return {job_id: row for job_id, row in rows.items() if job_id in wanted}
