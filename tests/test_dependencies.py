@@ -125,7 +125,7 @@ def test_nobody_waits_for_a_run_that_ended_badly_or_was_never_a_job(tmp_path: Pa
     failed, waiting, local = new_run(tmp_path, state="FAILED"), new_run(tmp_path), new_run(tmp_path)
     with pytest.raises(UsageError, match=f"^--after: {failed.run_id}: ended FAILED; requeue it, or submit without"):
         awaited([failed])
-    with pytest.raises(UsageError, match=f"^{waiting.run_id}: waits for: {failed.run_id}: ended FAILED; requeue that"):
+    with pytest.raises(UsageError, match=f"^{waiting.run_id}: waits: {failed.run_id}: ended FAILED; requeue the one"):
         awaited([failed], by=waiting)
     with pytest.raises(UsageError, match="is no Slurm job"):
         dependency([local])

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cfe_hpc.errors import UsageError
-from cfe_hpc.launch.jobs import latest_job, records
+from cfe_hpc.launch.jobs import latest_attempt, latest_job, records
 from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.ranks.successor import record
+from cfe_hpc.recovery.upstream import in_vain
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["awaited", "dependency", "dependents", "keep_up", "note_dependent"]
@@ -22,19 +23,21 @@ def awaited(after: Iterable[RunFolder], *, by: RunFolder | None = None) -> list[
         by: the run that waits; None when it is being submitted.
 
     Raises:
-        UsageError: one has ended otherwise: whoever waits for it would wait for ever.
+        UsageError: one has ended otherwise, or never started: whoever waits for it would wait for ever.
     """
     waiting = {folder.path: folder for folder in after}
     for path, folder in list(waiting.items()):
-        result = folder.result()
-        state = None if result is None else result.get("state")
+        state = (folder.result() or {}).get("state")
         if state == "COMPLETED":
             del waiting[path]
-        elif state is not None:
-            who, remedy = ("--after", "requeue it, or submit without --after")
-            if by is not None:
-                who, remedy = f"{by.run_id}: waits for", "requeue that one, and this one follows it"
-            raise UsageError(f"{who}: {folder.run_id}: ended {state}; {remedy}")
+            continue
+        vain = in_vain(folder) if state in (None, "CANCELLED") and latest_attempt(folder) is None else None
+        if state is None and vain is None:
+            continue
+        who, remedy = "--after", "requeue it, or submit without --after"
+        if by is not None:
+            who, remedy = f"{by.run_id}: waits", "requeue the one that failed, and this one follows it"
+        raise UsageError(f"{who}: {folder.run_id}: {vain or f'ended {state}'}; {remedy}")
     return list(waiting.values())
 
 

@@ -152,18 +152,22 @@ def _send_followers(folder: RunFolder, backend: Backend) -> list[str]:
     """Send the runs again that were to follow one that ended badly, and those that were to follow them; their ids."""
     sent = []
     for follower in dependents(folder):
-        spec, job = RunSpec.read(follower.run_toml), latest_job(follower)
-        if not _never_started(follower, spec) or job is None:
+        spec = RunSpec.read(follower.run_toml)
+        if not _never_started(follower, spec) or _is_live(follower, backend):
             continue
-        known = backend.states([job]).get(str(job["job_id"]))
-        if known is not None and known.state not in _OVER:
-            continue
-        try:
+        upstream = [RunFolder(Path(path)) for path in spec.after]
+        # One that was to follow this run, too, brings its own followers when its turn has come.
+        if all((each.result() or {}).get("state") == "COMPLETED" or _is_live(each, backend) for each in upstream):
             _send_again(follower, spec, backend)
-        except UsageError:  # another one that it waits for has ended badly, too
-            continue
-        sent += [follower.run_id, *_send_followers(follower, backend)]
+            sent += [follower.run_id, *_send_followers(follower, backend)]
     return sent
+
+
+def _is_live(folder: RunFolder, backend: Backend) -> bool:
+    """Whether the scheduler has a job of the run that has not ended."""
+    job = latest_job(folder)
+    known = None if job is None else backend.states([job]).get(str(job["job_id"]))
+    return known is not None and known.state not in _OVER
 
 
 def _send_again(folder: RunFolder, spec: RunSpec, backend: Backend) -> str:
