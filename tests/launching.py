@@ -55,9 +55,10 @@ def make_spec(
         "slurm": {"kill_wait": kill_wait_s},
         **(site or {}),
     }
+    environment = profile.get("environment", {})  # as loading lays it under the job's
     return RunSpec(
         run_id="job-20260101-000000-abcd",
-        job=Job.model_validate({"name": "job", "command": ["true"], **(job or {})}),
+        job=Job.model_validate({"name": "job", "command": ["true"], "environment": environment, **(job or {})}),
         site=Site.model_validate(profile),
         plan=Plan(**fields),
         provenance=Provenance(

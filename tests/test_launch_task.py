@@ -36,7 +36,7 @@ def test_a_stop_signal_does_not_kill_a_task_that_python_has_not_started_yet(tmp_
     spec = make_spec(tmp_path, scheduler="slurm", python=str(fake))
     script = SlurmBackend().preview(spec, RunFolder(tmp_path))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    task = line[line.index("sh -c") :]
+    task = line[line.index("sh -c") :]  # SLURM_LOCALID is not set: nobody looks for packages
     process = subprocess.Popen(["bash", "-c", f"exec {task}"], stdout=subprocess.PIPE, text=True)
     try:
         while not marker.exists():

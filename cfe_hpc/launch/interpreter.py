@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
 
 from cfe_hpc.config.node_environment import expand_path
 
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import RunSpec
 
-__all__ = ["environment_folder", "interpreters", "resolved"]
+__all__ = ["editable", "environment_folder", "import_roots", "interpreters", "resolved"]
 
 _IN_CONTAINER = "python3"
 
@@ -55,3 +59,24 @@ def resolved(text: str, *, file: str, key: str) -> str:
         ConfigError: it names a variable that is not set.
     """
     return os.path.abspath(expand_path(text, os.environ, file=file, key=key))
+
+
+def import_roots(python: str, environ: Mapping[str, str]) -> list[str]:
+    """Folders from which `python` imports what is being worked on: PYTHONPATH, and editable installations."""
+    roots = [os.path.abspath(path) for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if python == sys.executable:
+        folders = [Path(sysconfig.get_path("purelib"))]
+    else:
+        folders = list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
+    for project in (project for folder in folders for project in editable(folder)):
+        roots += [str(project / "src")] if (project / "src").is_dir() else []
+        roots.append(str(project))
+    return roots
+
+
+def editable(site_packages: Path, name: str = "*") -> Iterator[Path]:
+    """The checkouts that editable installations there point to; of one package, as its record spells it, or of all."""
+    for record in site_packages.glob(f"{name}-*.dist-info/direct_url.json"):
+        origin = json.loads(record.read_text(encoding="utf-8"))
+        if origin.get("dir_info", {}).get("editable"):
+            yield Path(unquote(urlparse(origin["url"]).path)).resolve()

@@ -13,6 +13,7 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.dependencies import awaited, note_dependent
+from cfe_hpc.launch.preparation import VERIFY
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.process import start_ticks
@@ -70,6 +71,7 @@ class LocalBackend:
         raise AssertionError("nothing is ever held in a queue here")
 
     def _script(self, spec: RunSpec, folder: RunFolder, after: Sequence[RunFolder] = ()) -> str:
+        python = shlex.quote(spec.provenance.python)
         supervisor = [spec.provenance.batch_python, "-m", "cfe_hpc.launch.supervisor", str(folder.path)]
         supervisor += [f"--after={each.path}" for each in after]
         supervisor += ["--", *self._rank_command] if self._rank_command else []
@@ -77,6 +79,7 @@ class LocalBackend:
             [
                 "#!/bin/bash",
                 *prologue(spec, folder),
+                f'why="$({python} -c "${VERIFY}" 2>&1)" || cfe_refuse "${{why#error: }}"',
                 f"cd -- {shlex.quote(spec.provenance.start_folder)} || exit 1",
                 f"exec {shlex.join(supervisor)}",
                 "",

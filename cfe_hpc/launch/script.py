@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 import sys
@@ -10,11 +10,12 @@ import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import cfe_hpc
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.launch.interpreter import editable, import_roots
+from cfe_hpc.launch.preparation import preparation, refusal, verification
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["environment_of", "prologue"]
@@ -28,10 +29,10 @@ def environment_of(spec: RunSpec) -> dict[str, str]:
     Raises:
         ConfigError: a name is no variable's, or a value holds what no environment can.
     """
-    site, problems = spec.site, []
+    problems: list[Problem] = []
     sources: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-        (spec.provenance.site_file, "network.environment", site.network.environment),
-        (spec.provenance.site_file, "environment.variables", site.environment.variables),
+        (spec.provenance.site_file, "network.environment", spec.site.network.environment),
+        (spec.provenance.job_file, "environment.variables", spec.job.environment.variables),
         (spec.provenance.job_file, "launch.environment", spec.job.launch.environment),
     )
     merged: dict[str, str] = {}
@@ -52,14 +53,32 @@ def environment_of(spec: RunSpec) -> dict[str, str]:
 
 
 def prologue(spec: RunSpec, folder: RunFolder) -> list[str]:
-    """Shell lines that prepare a node: variables, modules, the site's own lines as they stand."""
+    """Shell lines that prepare a node: variables, modules, an environment, the site's own lines as they stand; and that
+    end the run when something of it is missing.
+
+    Raises:
+        ConfigError: `[environment]` names a variable that is not set, or one that no shell can have.
+    """
     lines = _run_dir(folder) if spec.job.sweep is None else _task_dir(folder)
-    parent = _package_parent(spec.provenance.python)
-    if parent is not None:
-        lines.append(f'export PYTHONPATH={shlex.quote(str(parent))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    lines += refusal(spec)
+    paths = _import_paths(spec)
+    if paths:
+        lines.append(f'export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment_of(spec).items()]
-    lines += [f"module load {shlex.quote(module)} || exit 1" for module in spec.site.environment.modules]
-    return lines + list(spec.site.environment.setup)
+    return [*lines, *preparation(spec), *spec.job.environment.setup, *verification(spec)]
+
+
+def _import_paths(spec: RunSpec) -> list[str]:
+    """What must be on PYTHONPATH: the snapshot's place of all that is imported from the work tree, and this package."""
+    provenance = spec.provenance
+    parent = _package_parent(provenance.python)
+    paths = [] if parent is None else [str(parent)]
+    if provenance.snapshot is None or provenance.work_tree is None:
+        return paths
+    tree, snapshot = Path(provenance.work_tree), Path(provenance.snapshot)
+    found = [Path(path) for path in (*import_roots(provenance.python, os.environ), *paths)]
+    copied = [str(snapshot / path.relative_to(tree)) for path in found if path.is_relative_to(tree)]
+    return list(dict.fromkeys([*copied, *(path for path in paths if not Path(path).is_relative_to(tree))]))
 
 
 def _run_dir(folder: RunFolder) -> list[str]:
@@ -87,14 +106,5 @@ def _package_parent(python: str) -> Path | None:
     site_folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     if parent in site_folders or "site-packages" in parent.parts:
         return None  # another interpreter's packages must never be mixed into the one on the nodes
-    editable = python == sys.executable and any(_editable_from(folder) == parent for folder in site_folders)
-    return None if editable else parent
-
-
-def _editable_from(site_folder: Path) -> Path | None:
-    """The checkout that an editable install in `site_folder` points to."""
-    for record in site_folder.glob("cfe_hpc-*.dist-info/direct_url.json"):
-        origin = json.loads(record.read_text(encoding="utf-8"))
-        if origin.get("dir_info", {}).get("editable"):
-            return Path(unquote(urlparse(origin["url"]).path)).resolve()
-    return None
+    found = python == sys.executable and any(parent in editable(folder, "cfe_hpc") for folder in site_folders)
+    return None if found else parent

@@ -17,6 +17,7 @@ from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
+from cfe_hpc.launch.preparation import VERIFY, VERIFYING
 from cfe_hpc.launch.queue import forget_queue, queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
@@ -42,7 +43,7 @@ _OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>[^\n\r\0]+))?")
 
 # Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
 # FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they start.
-_SHIELD = 'trap "" TERM USR1 USR2; exec "$@"'
+_SHIELD = f'trap "" TERM USR1 USR2; {VERIFYING}; exec "$@"'
 
 # The job's working directory is the run folder: naming it so keeps submitit from expanding a %j in the real path.
 _PICKLES_ON_NODE = f"/proc/self/cwd/{PICKLES}"
@@ -68,7 +69,7 @@ class _Executor(SlurmExecutor):
         # From 22.05 on srun no longer takes cpus-per-task from the job.
         each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
         task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
-        words = shlex.join(["sh", "-c", _SHIELD, "sh", *task])
+        words = f'{shlex.join(["sh", "-c", _SHIELD, "sh"])} "${VERIFY}" {shlex.join(task)}'
         return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each} {words}"
 
     def script(self) -> str:
@@ -120,7 +121,7 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
         "gres": plan.gres,
         "mem": None if plan.memory_bytes is None else f"{-(-plan.memory_bytes // 2**20)}M",
     }
-    python = shlex.quote(spec.provenance.python)
+    python = shlex.quote(spec.provenance.batch_python)
     return {
         **{key: None if value is None else _directive(spec, key, value) for key, value in stated.items()},
         "time": None,  # in minutes, and 5 unless set

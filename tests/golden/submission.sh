@@ -23,11 +23,79 @@
 # setup
 export CFE_ALLOCATED_S="$(date +%s.%N)"
 export CFE_RUN_DIR=/runs/train-seq/train-seq-20260101-000000-abcd
+cfe_refuse() {
+    local why="${1//[[:cntrl:]]/ }" attempt="$((${CFE_ATTEMPT_BASE:-0} + ${SLURM_RESTART_COUNT:-0}))" event result
+    printf 'error: %s\n' "$why" >&2
+    '/opt/py thon/bin/python' -m cfe_hpc.ranks.refusal "$CFE_RUN_DIR" "$why" 2>/dev/null && exit 1
+    # Not even Python is there: the run must not look as if it ran.
+    why="${why//\\/\\\\}" why="${why//\"/\\\"}"
+    event='{"time":"%s","event":"failed","run_id":"%s","attempt":%d,"host":"%s","cause":"configuration","reason":"%s"}'
+    result='{"state":"FAILED","reason":"%s","final_step":null,"attempts":%d,"lost_steps":null,"goodput":null'
+    result="$result"',"wall_seconds":null,"weights_sha256":null,"metrics":{}}'
+    printf "$event\n" "$(date -u +%Y-%m-%dT%H:%M:%S.%3NZ)" "${CFE_RUN_DIR##*/}" "$attempt" "$(uname -n)" "$why" \
+        >>"$CFE_RUN_DIR/events.ndjson"
+    printf "$result\n" "$why" "$((attempt + 1))" >"$CFE_RUN_DIR/result.json"
+    exit 1
+}
 export NCCL_NET=IB
 export A='job'"'"'s'
 export B='two words'
-module load cuda/12.4 || exit 1
+cfe_module() {
+    local said status init
+    if ! type module >/dev/null 2>&1; then
+        for init in "${LMOD_PKG:-}/init/bash" "${MODULESHOME:-}/init/bash" /etc/profile.d/lmod.sh \
+            /etc/profile.d/modules.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash \
+            /usr/share/Modules/init/bash; do
+            [ -r "$init" ] && . "$init" && type module >/dev/null 2>&1 && break
+        done
+        type module >/dev/null 2>&1 ||
+            cfe_refuse "$1: environment.modules: there is no command \`module\` on $(uname -n) ($2); take modules out, or make it known in environment.setup"
+    fi
+    said="$(mktemp)" || cfe_refuse "$1: environment.modules: no temporary file can be made on $(uname -n); see to \$TMPDIR"
+    module load "$2" 2>"$said"
+    status=$?
+    cat "$said" >&2
+    if [ "$status" -ne 0 ] || grep -q ':ERROR:' "$said"; then
+        said="$(grep -v '^[[:space:]]*$' "$said" | head -n 1; rm -f "$said")"
+        cfe_refuse "$1: environment.modules: cannot be loaded on $(uname -n) ($2): ${said:-module load failed}; \`module avail\` there lists those there are"
+    fi
+    rm -f "$said"
+}
+cfe_module job.toml cuda/12.4
 umask 027
+[ -d /work/dir ] || cfe_refuse '/work/dir: the folder that the job was submitted from is not there on '"$(uname -n)"'; name one that every node sees'
+[ -x "$(command -v '/opt/py thon/bin/python')" ] || cfe_refuse 'job.toml: environment.python: /opt/py thon/bin/python is no program on '"$(uname -n)"'; name one that every node sees'
+cfe_verify='"""Run as text (`python -c`) where nothing is known to be installed: it needs the standard library alone."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+
+
+def verify(start: str, names: list) -> None:
+    """Exit with 78, and say why, unless all packages are to be had. A task of Slurm writes it down for the run, too."""
+    sys.path.insert(0, start)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    host, run_dir = os.uname().nodename, os.environ["CFE_RUN_DIR"]
+    lacks = ", ".join(missing)
+    why = f"environment.python: {lacks}: not to be found on {host} ({sys.executable}); "
+    why += "install what is missing there, or name another interpreter, venv or conda environment"
+    print(f"error: {why}", file=sys.stderr)
+    if "SLURM_PROCID" in os.environ:
+        attempt = sum(int(os.environ.get(name, "0")) for name in ("CFE_ATTEMPT_BASE", "SLURM_RESTART_COUNT"))
+        now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+        event = {"time": now, "event": "failed", "run_id": os.path.basename(run_dir), "attempt": attempt}
+        event.update(host=host, cause="configuration", reason=why)
+        with open(os.path.join(run_dir, "events.ndjson"), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+    sys.exit(78)
+
+
+verify("/work/dir", ["cfe_hpc", "pydantic", "submitit"])'
 export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"
 export SUBMITIT_PREEMPT_SIGNAL=URG
 cd -- "$CFE_RUN_DIR" || exit 1
@@ -35,7 +103,7 @@ trap : TERM
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; verify=$1; shift; [ "${SLURM_LOCALID:-}" != 0 ] || "$1" -c "$verify" || exit 78; exec "$@"' sh "$cfe_verify" '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
 
 
 # teardown

@@ -1,0 +1,28 @@
+"""Run as text (`python -c`) where nothing is known to be installed: it needs the standard library alone."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+
+
+def verify(start: str, names: list) -> None:
+    """Exit with 78, and say why, unless all packages are to be had. A task of Slurm writes it down for the run, too."""
+    sys.path.insert(0, start)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    host, run_dir = os.uname().nodename, os.environ["CFE_RUN_DIR"]
+    lacks = ", ".join(missing)
+    why = f"environment.python: {lacks}: not to be found on {host} ({sys.executable}); "
+    why += "install what is missing there, or name another interpreter, venv or conda environment"
+    print(f"error: {why}", file=sys.stderr)
+    if "SLURM_PROCID" in os.environ:
+        attempt = sum(int(os.environ.get(name, "0")) for name in ("CFE_ATTEMPT_BASE", "SLURM_RESTART_COUNT"))
+        now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+        event = {"time": now, "event": "failed", "run_id": os.path.basename(run_dir), "attempt": attempt}
+        event.update(host=host, cause="configuration", reason=why)
+        with open(os.path.join(run_dir, "events.ndjson"), "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+    sys.exit(78)
