@@ -30,13 +30,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     common.add_run_argument(parser, optional=True)
     parser.add_argument("--all", action="store_true", help=f"also runs that ended before the newest {_NUM_ENDED}")
+    parser.add_argument(
+        "--best",
+        metavar="NAME:min|max",
+        help="of a sweep's tasks: the logged value to compare them by; checkpoint.keep_best when left out",
+    )
     common.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON list; 3 when the scheduler gave no answer, with what the folders alone tell."""
     if args.run:
-        statuses, failures = read_statuses([common.find_run(args)])
+        folder = common.find_run(args)
+        if folder.is_sweep:
+            from cfe_hpc.cli.sweep_status import show
+
+            return show(folder, args)
+        statuses, failures = read_statuses([folder])
         _print_failures(failures)
         _print(iter(statuses), args)
         if not args.json and statuses[0].buckets:

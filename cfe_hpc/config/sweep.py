@@ -1,4 +1,4 @@
-"""`[sweep]`: one job many times, each time with other values. What each task gets is in `config.tasks`."""
+"""`[sweep]`: one job many times, each time with other values. What each task gets is in `config.axes`."""
 
 from __future__ import annotations
 

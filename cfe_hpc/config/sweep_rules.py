@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cfe_hpc.config.axes import tasks_of
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.layers import dotted
 from cfe_hpc.config.problems import toml_value, translate
 from cfe_hpc.config.rules import job_problems
 from cfe_hpc.config.sweep import Sweep
-from cfe_hpc.config.tasks import Tasks, tasks_of
+from cfe_hpc.config.tasks import Tasks
 from cfe_hpc.errors import ConfigError, Problem
 
 __all__ = ["parse_axis", "read_tasks", "sweep_problems", "task_job"]
