@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 _POLL_S = 0.5
+_ASK_EVERY_S = 30.0
 _ERROR_LINES = 40
+_ERROR_RANKS = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "The logs of a run. Lines of several ranks or attempts are marked [attempt.rank], those of standard error "
-        "[attempt.rank!]."
+        "The logs of a run, its ranks' lines merged by the time at which they were written, as far as they say. Lines "
+        "of several ranks or attempts are marked [attempt.rank], those of standard error [attempt.rank!]."
     )
     common.add_run_argument(parser)
     parser.add_argument(
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.reports.rank_logs import Follower
 
     folder = common.find_run(args)
+    if folder.is_sweep:
+        raise UsageError(f"{folder.run_id}: is a sweep; name one of its tasks, {folder.run_id}.000000")
     if args.first_error:
         return _first_error(folder, args)
     follower = Follower(folder, rank=args.rank, attempt=args.attempt)
@@ -52,11 +56,26 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{folder.run_id}: {_nothing(folder, args)}")
     marked = args.follow or len({(log.attempt, log.rank) for log in rank_logs(folder)}) > 1
     marked = marked and not (args.rank is not None and args.attempt is not None)
-    while args.follow and folder.result() is None:
-        _print_news(follower, marked=marked, whole=False)
-        time.sleep(_POLL_S)
+    if args.follow:
+        _follow(folder, follower, marked=marked)
     _print_news(follower, marked=marked, whole=True)
     return 0
+
+
+def _follow(folder: RunFolder, follower: Follower, *, marked: bool) -> None:
+    """Print what comes until the run has ended. A job that vanished leaves no result: the scheduler is asked, too."""
+    from cfe_hpc.cli.status import read_statuses
+
+    asked_s = time.monotonic()
+    while folder.result() is None:
+        _print_news(follower, marked=marked, whole=False)
+        if time.monotonic() - asked_s >= _ASK_EVERY_S:
+            asked_s = time.monotonic()
+            [status], _ = read_statuses([folder])
+            if status.state in ("FAILED", "CANCELLED"):
+                print(f"{folder.run_id}: {status.state}: {status.reason}", file=sys.stderr)
+                return
+        time.sleep(_POLL_S)
 
 
 def _print_news(follower: Follower, *, marked: bool, whole: bool) -> None:
@@ -82,20 +101,50 @@ def _nothing(folder: RunFolder, args: argparse.Namespace) -> str:
 def _first_error(folder: RunFolder, args: argparse.Namespace) -> int:
     from cfe_hpc.recovery.attempts import cause_of
     from cfe_hpc.recovery.causes import row
-    from cfe_hpc.recovery.logfiles import last_lines, rank_logs
     from cfe_hpc.reports.rank_logs import first_failure
 
     failure = first_failure(folder, attempt=args.attempt)
     if failure is None:
-        print(f"{folder.run_id}: no attempt has reported an error")
-        return 0
+        return _silent_error(folder, args.attempt)
     attempt, rank = failure["attempt"], failure.get("rank")
-    who = f"attempt {attempt}, " + ("no rank in particular" if rank is None else f"rank {rank}")
     host = f" on {failure['host']}" if "host" in failure else ""
     cause, when = row(cause_of(failure)).word, failure.get("time", "at an unknown time")
-    print(f"{who}{host}, {when}: {cause}: {failure.get('reason', 'no reason given')}")
-    for log in rank_logs(folder, rank=rank, attempt=attempt):
-        if log.stream == "err":
-            for line in last_lines(log.path, _ERROR_LINES):
-                print(f"[{log.label}] {line}")
+    print(f"{_who(attempt, rank)}{host}, {when}: {cause}: {failure.get('reason', 'no reason given')}")
+    _print_ends(folder, attempt=attempt, rank=rank)
     return 0
+
+
+def _silent_error(folder: RunFolder, attempt: int | None) -> int:
+    """The error of an attempt that ended without a word of its own: what its logs and Slurm's tell."""
+    from cfe_hpc.cli.status import read_statuses
+    from cfe_hpc.launch.jobs import latest_attempt
+    from cfe_hpc.recovery.causes import row
+    from cfe_hpc.recovery.evidence import find
+
+    [status], _ = read_statuses([folder])
+    number = latest_attempt(folder) if attempt is None else attempt
+    if number is None or status.state not in ("FAILED", "HELD"):
+        print(f"{folder.run_id}: no attempt has reported an error")
+        return 0
+    fault = find(folder, attempt=number)
+    host = "" if fault.host is None else f" on {fault.host}"
+    print(f"{_who(number, fault.rank)}{host}: {row(fault.cause).word}: {fault.why}")
+    print(f"{folder.run_id}: {status.reason}")
+    _print_ends(folder, attempt=number, rank=fault.rank)
+    return 0
+
+
+def _who(attempt: int, rank: int | None) -> str:
+    return f"attempt {attempt}, " + ("no rank in particular" if rank is None else f"rank {rank}")
+
+
+def _print_ends(folder: RunFolder, *, attempt: int, rank: int | None) -> None:
+    """The ends of the ranks' standard error: of one, or of as many as anybody reads."""
+    from cfe_hpc.recovery.logfiles import last_lines, rank_logs
+
+    logs = [log for log in rank_logs(folder, rank=rank, attempt=attempt) if log.stream == "err"]
+    for log in logs[:_ERROR_RANKS]:
+        for line in last_lines(log.path, _ERROR_LINES):
+            print(f"[{log.label}] {line}")
+    if len(logs) > _ERROR_RANKS:
+        print(f"({len(logs) - _ERROR_RANKS} more ranks: `cfe-hpc logs {folder.run_id} --rank N`)")
