@@ -113,7 +113,9 @@ CHECKS: dict[str, Row] = {
     ),
     "offload-stage": Row("error", "offloading that the ZeRO stage does not allow", "raise `engine.zero_stage`"),
     "offload-path": Row("error", "offloading to NVMe names no folder", "set `nvme_path`"),
-    "offload-optimizer": Row("error", "the optimizer is offloaded, and is none of DeepSpeed's own", "take it out"),
+    "optimizer": Row(
+        "error", "an optimizer that DeepSpeed cannot use that way", "choose another, or do not offload it"
+    ),
     "offload-cpu": Row("warning", "ranks train on CPUs: offloading moves nothing", "take it out"),
     "unsaved-state": Row("error", "DeepSpeed is to keep state that cfe_hpc cannot save", "take it out"),
     "grad-accum": Row(

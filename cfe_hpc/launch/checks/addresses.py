@@ -53,7 +53,7 @@ def port_ephemeral(facts: Facts) -> Iterator[Problem]:
 def gateway_loopback(facts: Facts) -> Iterator[Problem]:
     url = facts.job.metrics.pushgateway
     if facts.on_slurm and url is not None and urlsplit(url).hostname in _LOOPBACK:
-        what = "is this machine to this machine, and rank 0's own node to rank 0"
+        what = "is each machine's own address: rank 0 would look for the gateway on its node"
         yield facts.problem("job.metrics.pushgateway", what, "name the gateway's host as nodes see it", url)
 
 

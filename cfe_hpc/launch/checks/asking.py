@@ -129,7 +129,7 @@ def cost_max(facts: Facts) -> Iterator[Problem]:
     if most is not None and attempt is not None and attempt * facts.tasks > most:
         each = "one full attempt costs" if facts.tasks == 1 else f"{facts.tasks} tasks, one full attempt each, cost"
         currency = f" {facts.site.cost.currency}".rstrip()
-        what = f"{each} {attempt * facts.tasks:.2f}{currency}, more than the job may"
+        what = f"{each} {attempt * facts.tasks:.2f}{currency}, more than is allowed"
         yield facts.problem("job.resources.cost_max", what, "ask for less time or fewer nodes, or raise it", most)
 
 

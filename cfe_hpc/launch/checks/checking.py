@@ -38,7 +38,7 @@ LOOKS: dict[str, Look] = {
     "deepspeed-trainer": engines.deepspeed_trainer,
     "offload-stage": engines.offload_stage,
     "offload-path": engines.offload_path,
-    "offload-optimizer": engines.offload_optimizer,
+    "optimizer": engines.optimizer,
     "offload-cpu": engines.offload_cpu,
     "unsaved-state": engines.unsaved_state,
     "grad-accum": engines.grad_accum_dtype,

@@ -15,9 +15,9 @@ __all__ = [
     "engine_unused",
     "grad_accum_dtype",
     "offload_cpu",
-    "offload_optimizer",
     "offload_path",
     "offload_stage",
+    "optimizer",
     "unsaved_state",
     "zero_alone",
 ]
@@ -79,13 +79,18 @@ def offload_path(facts: Facts) -> Iterator[Problem]:
             yield facts.problem(_key("zero_optimization", what, "nvme_path"), "nvme is offloaded to no folder", remedy)
 
 
-def offload_optimizer(facts: Facts) -> Iterator[Problem]:
-    # The trainer hands DeepSpeed torch's AdamW; DeepSpeed 0.19 refuses any but its own when it offloads.
-    forced = facts.job.engine.deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    if facts.params is not None and _offload(facts, "offload_optimizer") is not None and forced:
-        what = "DeepSpeed offloads its own optimizers only, and the trainer brings torch's AdamW"
-        remedy = "take it out, or set zero_force_ds_cpu_optimizer = false in [engine.deepspeed]"
-        yield facts.problem(_key("zero_optimization", "offload_optimizer"), what, remedy)
+def optimizer(facts: Facts) -> Iterator[Problem]:
+    table = _table(facts.job.engine.deepspeed.get("optimizer")) if _uses_deepspeed(facts) else {}
+    name = str(table.get("type", ""))
+    if "max_grad_norm" in _table(table.get("params")):
+        what, remedy = "DeepSpeed refuses it here", "set engine.deepspeed.gradient_clipping instead"
+        yield facts.problem(_key("optimizer", "params", "max_grad_norm"), what, remedy)
+    if name.lower() == "lamb" and facts.params is None:  # FusedLamb, a CUDA kernel, wherever the state lies
+        offloaded = _offload(facts, "offload_optimizer") is not None
+        if offloaded or facts.plan.accelerator != "cuda":
+            where = "its state is offloaded" if offloaded else f"ranks train on {facts.plan.accelerator}"
+            what = f"DeepSpeed computes it on CUDA devices alone, and {where}"
+            yield facts.problem(_key("optimizer", "type"), what, "use Adam, AdamW, Lion or Adagrad", name)
 
 
 def offload_cpu(facts: Facts) -> Iterator[Problem]:

@@ -44,7 +44,8 @@ def _data(facts: Facts) -> Path | None:
     """The token file of the shipped training, where there is to be one."""
     if facts.params is None or facts.params.data == "stdlib":
         return None
-    return facts.workdir / Path(facts.params.data).expanduser()
+    # Without "..": whether a folder holds it is told by its parts.
+    return Path(os.path.normpath(facts.workdir / Path(facts.params.data).expanduser()))
 
 
 def data_missing(facts: Facts) -> Iterator[Problem]:
@@ -79,13 +80,21 @@ def _why_private(facts: Facts, path: Path) -> str | None:
     """Why nodes do not see a path; None where they do, or nothing tells."""
     if not facts.on_slurm:
         return None
-    shared = [Path(os.path.expandvars(folder)).expanduser() for folder in facts.site.storage.shared]
-    if any(path.is_relative_to(folder) for folder in shared):
+    found = path.resolve()
+    shared = [folder for text in facts.site.storage.shared for folder in _ways_to(text)]
+    if any(place.is_relative_to(folder) for place in (path, found) for folder in shared):
         return None
     if shared:
-        return f"lies under none of the folders that every node sees: {', '.join(map(str, shared))}"
-    private = next((folder for folder in _PRIVATE if path.is_relative_to(folder)), None)
+        named = ", ".join(facts.site.storage.shared)
+        return f"lies under none of the folders that every node sees: {named}"
+    private = next((folder for folder in _PRIVATE if found.is_relative_to(folder)), None)
     return None if private is None else f"lies under {private}, which each node has for itself"
+
+
+def _ways_to(folder: str) -> tuple[Path, Path]:
+    """A folder as a profile spells it, and where its links lead."""
+    path = Path(os.path.expandvars(folder)).expanduser()
+    return path, path.resolve()
 
 
 def data_private(facts: Facts) -> Iterator[Problem]:
@@ -124,9 +133,9 @@ def node_local_shared(facts: Facts) -> Iterator[Problem]:
     local = facts.site.storage.node_local
     if local is None or not facts.job.checkpoint.local:
         return
-    path = Path(os.path.expandvars(local)).expanduser()
+    path, _ = _ways_to(local)
     for folder in facts.site.storage.shared:
-        if path.is_relative_to(Path(os.path.expandvars(folder)).expanduser()):
+        if path.is_relative_to(_ways_to(folder)[0]):
             what = f"lies under {folder}, which all nodes share: a copy there is no nearer, and no safer"
             yield facts.problem("site.storage.node_local", what, "name a disk of each node, or its memory", local)
 

@@ -36,7 +36,7 @@ def model_memory(facts: Facts) -> Iterator[Problem]:
         return
     taken, activations, there = found
     if taken - activations > there:
-        what = f"model and optimizer take {format_size(taken - activations)} of each device, and it has"
+        what = f"less than the {format_size(taken - activations)} that model and optimizer take of each device"
         remedy = "use a higher ZeRO stage, more devices, or offload"
         yield _of_hardware(facts, "device_memory", what, remedy, there)
 
@@ -47,7 +47,7 @@ def device_memory(facts: Facts) -> Iterator[Problem]:
         return
     taken, activations, there = found
     if taken > there >= taken - activations:
-        what = f"a micro-batch takes about {format_size(taken)} of each device, activations included, and it has"
+        what = f"less than the {format_size(taken)} or so that each device needs, activations included"
         remedy = "lower params.micro_batch; at run time it is halved by itself"
         yield _of_hardware(facts, "device_memory", what, remedy, there)
 
@@ -73,7 +73,7 @@ def node_memory(facts: Facts) -> Iterator[Problem]:
     by_cores = None if share is None else share * plan.cpus_per_device * plan.devices_per_node
     there = plan.memory_bytes or partition.memory_default or by_cores or facts.hardware.memory
     if memory.node_bytes > there:
-        what = f"ranks take about {format_size(memory.node_bytes)} of each node, and the job gets"
+        what = f"less than the {format_size(memory.node_bytes)} or so that ranks take of each node"
         remedy = "ask for more, for fewer ranks on a node, or set checkpoint.staging_memory"
         yield facts.problem("job.resources.memory", what, remedy, format_size(there))
 
@@ -92,9 +92,9 @@ def _kept_files(facts: Facts) -> int:
     return facts.tasks * (_FILES_OF_A_RUN + 2 * ranks + checkpoints * (2 * ranks + 2))
 
 
-def _what_is_kept(facts: Facts) -> str:
-    tasks = "" if facts.tasks == 1 else f" of each of {facts.tasks} tasks"
-    return f"the {facts.job.checkpoint.keep_last} checkpoints kept{tasks}, and the next one,"
+def _what_is_kept(facts: Facts, kept_bytes: int) -> str:
+    tasks = "" if facts.tasks == 1 else f", for each of {facts.tasks} tasks,"
+    return f"{facts.job.checkpoint.keep_last} checkpoints and the next one{tasks} take {format_size(kept_bytes)}"
 
 
 _LESS = "lower checkpoint.keep_last, or choose another storage.runs_root"
@@ -107,14 +107,14 @@ def checkpoint_space(facts: Facts) -> Iterator[Problem]:
     there = _statvfs(facts)
     free_bytes = there.f_bavail * there.f_frsize
     if free_bytes < kept_bytes and there.f_blocks:
-        what = f"{_what_is_kept(facts)} take {format_size(kept_bytes)}, and there are free under {facts.runs_root}"
-        yield facts.problem("job.checkpoint.keep_last", what, f"{_LESS}; or `cfe-hpc gc`", format_size(free_bytes))
+        what = f"{_what_is_kept(facts, kept_bytes)}, and {format_size(free_bytes)} are free under {facts.runs_root}"
+        yield facts.problem("job.checkpoint.keep_last", what, _LESS, facts.job.checkpoint.keep_last)
 
 
 def quota(facts: Facts) -> Iterator[Problem]:
     kept_bytes, allowed = _kept_bytes(facts), facts.site.storage.quota
     if kept_bytes is not None and allowed is not None and allowed < kept_bytes:
-        what = f"{_what_is_kept(facts)} take {format_size(kept_bytes)}, more than one may have there"
+        what = f"{_what_is_kept(facts, kept_bytes)}, more than one may have there"
         yield facts.problem("site.storage.quota", what, _LESS, format_size(allowed))
 
 
@@ -129,17 +129,17 @@ def inodes(facts: Facts) -> Iterator[Problem]:
     there, needed = _statvfs(facts), _kept_files(facts)
     # Filesystems that count no files say 0 of 0.
     if there.f_files and there.f_favail < needed:
-        what = f"logs and checkpoints are up to {needed} files, and so many can be made under {facts.runs_root}"
-        yield facts.problem("site.storage.runs_root", what, _LESS, there.f_favail)
+        what = f"logs and checkpoints are up to {needed} files, and {there.f_favail} more can be made there"
+        yield facts.problem("site.storage.runs_root", what, _LESS, str(facts.runs_root))
 
 
 def disk_full(facts: Facts) -> Iterator[Problem]:
     there = _statvfs(facts)
     free_bytes = there.f_bavail * there.f_frsize
     if (there.f_blocks and free_bytes < _LEAST_BYTES) or (there.f_files and there.f_favail < _LEAST_FILES):
-        left = f"{format_size(free_bytes)} and {there.f_favail} files"
-        what = f"the disk is full: there are left under {facts.runs_root}"
-        yield facts.problem("site.storage.runs_root", what, "make room, or choose another folder", left)
+        what = f"the disk is full: {format_size(free_bytes)} and {there.f_favail} files are left there"
+        remedy = "make room, or choose another folder"
+        yield facts.problem("site.storage.runs_root", what, remedy, str(facts.runs_root))
 
 
 def _statvfs(facts: Facts) -> os.statvfs_result:

@@ -1,0 +1,221 @@
+"""Every check has an example that fires it and no other, a row in docs/checks.md, and can be ignored, or says why not.
+
+tests/checks/ID.job.toml is checked with ID.site.toml where there is one, else with good-site.toml, or with the site
+that its first lines name. They also hold what is to be said, word for word; "…" stands for what differs from machine
+to machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import pytest
+
+from cfe_hpc.cli.main import main
+from cfe_hpc.config.checks import CHECKS
+from cfe_hpc.launch.checks.checking import LOOKS
+
+EXAMPLES = Path(__file__).resolve().parent / "checks"
+
+
+class Stage:
+    """A folder to check a job in, and what is to be undone afterwards."""
+
+    def __init__(self, here: Path, patch: pytest.MonkeyPatch, undo: ExitStack) -> None:
+        self.here, self.patch, self.undo = here, patch, undo
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HERE", str(here))
+    with ExitStack() as undo:
+        yield Stage(here, monkeypatch, undo)
+
+
+def _token_file(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file.create_dataset("tokens", data=b"x" * 10_000)
+
+
+def _damaged_data(stage: Stage) -> None:
+    path = stage.here / "tokens.h5"
+    _token_file(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _data_elsewhere(stage: Stage) -> None:
+    _token_file(stage.here.parent / "elsewhere" / "tokens.h5")
+
+
+def _dirty_work_tree(stage: Stage) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    (stage.here / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, timeout=30)
+    (stage.here / "file").write_text("2")
+
+
+def _full_disk(stage: Stage) -> None:
+    full = stage.here / "full"
+    full.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    stage.undo.callback(subprocess.run, ["umount", str(full)], check=True, timeout=30)
+
+
+def _open_port(stage: Stage) -> None:
+    listening = stage.undo.enter_context(socket.socket())
+    listening.bind(("", 0))
+    listening.listen()
+    job = stage.here / "port-taken.job.toml"
+    # Ports that the kernel gives are among those of connections going out: that is another check.
+    job.write_text(
+        job.read_text().replace("1234", str(listening.getsockname()[1])) + '[checks]\nignore = ["port-ephemeral"]\n'
+    )
+
+
+def _earlier_run(stage: Stage) -> None:
+    run = stage.here / "runs" / "j" / "j-20260101-000000-abcd"
+    run.mkdir(parents=True)
+    (run / "run.toml").write_text('[site]\nname = "checked"\n[plan]\npartition = "gpu"\n')
+    measured = {"step_p95_s": 10.0, "save_p95_s": 400.0, "blocked_p95_s": 1.0, "interruptions": 0, "trained_s": 3600.0}
+    (run / "result.json").write_text(json.dumps({"measured": measured}))
+
+
+PREPARE: dict[str, Callable[[Stage], object]] = {
+    "data-damaged": _damaged_data,
+    "data-private": _data_elsewhere,
+    "git-dirty": _dirty_work_tree,
+    "disk-full": _full_disk,
+    "port-taken": _open_port,
+    "lead-short": _earlier_run,
+    "runs-root": lambda stage: (stage.here / "file").write_text(""),
+    "gateway-password": lambda stage: stage.patch.setenv("CFE_PUSHGATEWAY_PASSWORD", "word"),
+    "remote-tier": lambda stage: stage.patch.setitem(sys.modules, "fsspec", None),
+    "remote-package": lambda stage: stage.patch.setitem(sys.modules, "adlfs", None),
+}
+
+
+def _words(stage: Stage, id_: str) -> list[str]:
+    """JOB and --site of an example, its files copied to where it is checked and what it needs prepared."""
+    names = [f"{id_}.job.toml", f"{id_}.site.toml" if (EXAMPLES / f"{id_}.site.toml").exists() else "good-site.toml"]
+    for name in names:
+        shutil.copy(EXAMPLES / name, stage.here)
+    if id_ in PREPARE:
+        PREPARE[id_](stage)
+    named = re.search(r"^# site: (.*)$", (EXAMPLES / names[0]).read_text(), re.MULTILINE)
+    return [names[0], "--site", named[1] if named else names[1]]
+
+
+def _expected(id_: str) -> str:
+    """What is to be said of an example, as its first line has it."""
+    return (EXAMPLES / f"{id_}.job.toml").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("id_", CHECKS)
+def test_the_example_of_a_check_fires_it_alone(id_: str, stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    severity = CHECKS[id_].severity
+    code = main(["check", *_words(stage, id_), "--json"])
+    printed = capsys.readouterr()
+    findings = json.loads(printed.out)["findings"]
+    assert [(finding["id"], finding["severity"]) for finding in findings] == [(id_, severity)]
+    (finding,) = findings
+    place = ": ".join(filter(None, (finding["file"], finding["key"])))
+    value = "" if finding["value"] is None else f" ({finding['value']})"
+    said = f"# {severity}: {place}: {finding['what']}{value}; {finding['remedy']}"
+    expected = _expected(id_)
+    assert re.fullmatch(".*".join(map(re.escape, expected.split("…"))), said), said
+    if id_ in LOOKS:
+        assert code == (1 if severity == "error" else 0)
+    else:
+        assert code == (2 if CHECKS[id_].firm and id_ != "launcher" else 4)
+        assert printed.err == f"{said[2:]}\n"
+
+
+def test_every_check_has_one_example_and_every_example_a_check() -> None:
+    assert len(CHECKS) >= 30
+    assert {path.name.removesuffix(".job.toml") for path in EXAMPLES.glob("*.job.toml")} == set(CHECKS)
+    sites = {path.name.removesuffix(".site.toml") for path in EXAMPLES.glob("*.site.toml")}
+    assert sites <= set(CHECKS)
+    assert set(LOOKS) <= set(CHECKS)
+
+
+def test_a_good_job_is_good(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    job, site = EXAMPLES / "good-job.toml", EXAMPLES / "good-site.toml"
+    assert main(["check", str(job), "--site", str(site), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+
+
+@pytest.mark.parametrize("id_", CHECKS)
+def test_a_check_can_be_ignored_unless_nothing_could_be_sent(
+    id_: str, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _words(stage, id_)
+    code = main(["check", *words, "--json", "--ignore", id_])
+    printed = capsys.readouterr()
+    if CHECKS[id_].firm:
+        own = _expected(id_)[2:]  # where the job cannot even be read
+        refused = f"error: --ignore: cannot be ignored: nothing could be sent ({id_}); correct what it finds"
+        assert code == 2 and printed.err.splitlines() in ([own], [refused])
+    else:
+        assert (code, printed.err) == (0, "")
+        assert id_ not in {finding["id"] for finding in json.loads(printed.out)["findings"]}
+
+
+def test_a_job_may_ignore_a_check_itself(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    job, *site = _words(stage, "no-checkpoints")
+    with (stage.here / job).open("a") as file:
+        file.write('\n[checks]\nignore = ["no-checkpoints"]\n')
+    assert main(["check", job, *site, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ignore", "git-dirt"], "--ignore: no such check (git-dirt); did you mean git-dirty?"),
+        (["--ignore", "xyz"], "--ignore: no such check (xyz); docs/checks.md lists them all"),
+        (
+            ["--set", 'checks.ignore=["timee"]'],
+            "--set: checks.ignore: no such check (timee); did you mean time?",
+        ),
+        (
+            ["--set", 'checks.ignore=["batch"]'],
+            "--set: checks.ignore: cannot be ignored: nothing could be sent (batch); correct what it finds",
+        ),
+    ],
+)
+def test_what_cannot_be_ignored_is_told(
+    words: list[str], said: str, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(EXAMPLES / "good-job.toml"), *words]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_submit_refuses_what_would_fail_and_names_each_warning(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*_words(stage, "cost"), "--dry-run"]
+    assert main(["submit", *words]) == 4
+    assert "resources.cost_max: one full attempt costs 400.00 EUR" in capsys.readouterr().err
+    assert main(["submit", *words, "--ignore", "cost"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["submit", *_words(stage, "saves-never"), "--dry-run"]) == 0
+    assert capsys.readouterr().err.endswith("lower it [saves-never]\n")
