@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "site is wrong, 3 the scheduler refused or cannot be reached, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
+    common.add_partition_argument(parser)
     common.add_sweep_arguments(parser)
     common.add_ignore_argument(parser)
     parser.add_argument(
@@ -74,8 +75,9 @@ def _run(args: argparse.Namespace) -> int:
         loaded = common.load_job(args)
     except PipelineError:
         return _submit_stages(args, work_tree)
+    loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
-    _heed_checks(loaded, planned, measured)
+    _heed_checks(_of_one_run(loaded), planned, measured)
     if args.dry_run:
         return _show(args, loaded, planned, measured, work_tree)
 
@@ -87,6 +89,11 @@ def _run(args: argparse.Namespace) -> int:
 
     after = [common.find_run(args, ref) for ref in args.after]
     submitted = submit(loaded, planned, work_tree, after=after)
+    if loaded.job.sweep is not None:
+        from cfe_hpc.cli import submit_sweep
+
+        submit_sweep.tell(args, submitted)
+        return submit_sweep.wait(submitted) if args.wait else 0
     if args.json:
         common.print_json(_document(loaded, planned, submitted.folder.run_id, submitted.folder.path, submitted.job_id))
         sys.stdout.flush()
@@ -99,6 +106,15 @@ def _submit_stages(args: argparse.Namespace, work_tree: WorkTree) -> int:
     from cfe_hpc.cli.submit_pipeline import run
 
     return run(args, work_tree)
+
+
+def _of_one_run(loaded: Loaded) -> Loaded:
+    """The job, or of a sweep the first task's."""
+    if loaded.job.sweep is None:
+        return loaded
+    from cfe_hpc.cli.submit_sweep import first_task
+
+    return first_task(loaded)
 
 
 def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> None:
@@ -132,6 +148,14 @@ def _show(
     from cfe_hpc.launch.submission import preview
 
     spec, folder, script = preview(loaded, planned, work_tree)
+    of_sweep: list[tuple[str, str]] = []
+    if spec.job.sweep is not None:
+        from cfe_hpc.cli import submit_sweep
+
+        if args.json:
+            submit_sweep.show(args, planned, spec, folder, script)
+            return 0
+        of_sweep = submit_sweep.plan_rows(spec)
     if args.json:
         document = _document(loaded, planned, spec.run_id, folder.path, job_id=None)
         plan_shown = planned.model_dump(mode="json")
@@ -139,7 +163,8 @@ def _show(
         return 0
     from cfe_hpc.cli.check import plan_rows
 
-    for word, text in [*plan_rows(loaded, planned, measured), ("run folder", str(folder.path))]:
+    rows = plan_rows(_of_one_run(loaded), planned, measured)
+    for word, text in [*rows, *of_sweep, ("run folder", str(folder.path))]:
         print(f"{word:<12}{text}".replace("\n", "\\n"))
     print(f"\n{script}", end="")
     return 0

@@ -67,7 +67,8 @@ def read_sweep(sweep: RunFolder, words: Mapping[str, SchedulerWord], *, metric: 
     """
     tasks = Tasks.read(sweep.sweep_json)
     array_of = _arrays(sweep)
-    started = {task.sweep_task for task in sweep.tasks() if task.run_toml.exists()}
+    # A node that lacks what the task needs leaves a result and nothing else.
+    started = {task.sweep_task for task in sweep.tasks() if task.run_toml.exists() or task.result_path.exists()}
     cancelled = sweep.promised("cancel") is not None
     found = []
     for number in range(tasks.tasks):
