@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cfe_hpc.config.load import Loaded
+    from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
     "add_ignore_argument",
     "add_job_arguments",
     "add_json_argument",
+    "add_partition_argument",
     "add_run_argument",
     "add_site_argument",
     "add_sweep_arguments",
@@ -26,6 +28,7 @@ __all__ = [
     "load_job",
     "print_json",
     "roots",
+    "with_partition",
 ]
 
 
@@ -59,6 +62,19 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, optional: bool = False
         "may be given again",
     )
     parser.add_argument("--stage", metavar="NAME", help="this stage alone, of a job that has stages")
+
+
+def add_partition_argument(parser: argparse.ArgumentParser) -> None:
+    """`--partition`, beside `add_job_arguments`: a short way to `--set resources.partition=P`."""
+    parser.add_argument(
+        "--partition",
+        dest="set",
+        metavar="P",
+        action="append",
+        type=lambda name: f"resources.partition={json.dumps(name)}",
+        help="the partition to run in; `auto` asks Slurm where the job would start first and at what price, and takes "
+        "the best, see docs/planning.md",
+    )
 
 
 def add_ignore_argument(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +145,23 @@ def ignoring(loaded: Loaded, ids: list[str]) -> Loaded:
     checks = loaded.job.checks.model_copy(update={"ignore": [*loaded.job.checks.ignore, *ids]})
     job = loaded.job.model_copy(update={"checks": checks})
     return replace(loaded, job=job, origins={**loaded.origins, "job.checks.ignore": "--ignore"})
+
+
+def with_partition(loaded: Loaded, work_tree: WorkTree) -> Loaded:
+    """The job with its partition chosen where it asks for `auto`; says on standard error which and why.
+
+    Raises:
+        ImpossibleError: no partition can take it.
+    """
+    from cfe_hpc.launch.plan import AUTO
+
+    if loaded.job.resources.partition != AUTO or AUTO in loaded.site.partitions:
+        return loaded
+    from cfe_hpc.launch.planner.survey import settle
+
+    settled, why = settle(loaded, work_tree)
+    print(why, file=sys.stderr)
+    return settled
 
 
 def roots(args: argparse.Namespace) -> list[Path]:

@@ -14,11 +14,14 @@ from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.recovery.measured import Measured, need_s, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
 
-__all__ = ["LAUNCHERS", "plan"]
+__all__ = ["AUTO", "LAUNCHERS", "plan"]
 
 Launcher = Literal["srun", "torchrun", "deepspeed"]
 LAUNCHERS: tuple[Launcher, ...] = ("srun", "torchrun", "deepspeed")
 """Launchers that this version can start ranks with."""
+
+AUTO = "auto"
+"""`resources.partition` where `launch.planner` chooses; arithmetic alone takes it for none."""
 
 Report = Callable[..., Problem]
 
@@ -48,6 +51,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
     time_s = next((t for t in times if t is not None), None)
     problems = [
         *_node_problems(job, site, name, devices, cpus, report),
+        *_qos_problems(job, qos_name, qos, job.resources.nodes * devices, report),
         *_time_problems(f"partition {name}", partition.time_limit, time_s, report, "time"),
         *_time_problems(f"QOS {qos_name}", qos.time_limit, time_s, report, "qos-time"),
         *_lead_problems(time_s, stated_lead_s, report),
@@ -109,9 +113,9 @@ def _reporter(origins: Mapping[str, str]) -> Report:
 def _partition_name(job: Job, site: Site, report: Report) -> str:
     """The partition asked for, or the default one, or the first with the accelerator asked for."""
     asked, accelerator = job.resources.partition, job.resources.accelerator
-    if asked is not None:
-        if asked in site.partitions:
-            return asked
+    if asked is not None and asked in site.partitions:
+        return asked
+    if asked is not None and asked != AUTO:
         near = nearest(asked, site.partitions)
         hint = f"did you mean {near}? " if near else ""
         remedy = f"{hint}{site.name} has: {', '.join(site.partitions)}"
@@ -140,15 +144,33 @@ def _node_problems(job: Job, site: Site, name: str, devices: int, cpus: int, rep
     if partition.nodes_max is not None and wanted.nodes > partition.nodes_max:
         what, remedy = f"more than the {partition.nodes_max} nodes of partition {name}", "ask for fewer"
         yield report("job.resources.nodes", what, remedy, wanted.nodes, check="nodes")
+    if partition.nodes_min is not None and wanted.nodes < partition.nodes_min:
+        what, remedy = f"fewer than the {partition.nodes_min} nodes that partition {name} wants", "ask for more"
+        yield report("job.resources.nodes", what, remedy, wanted.nodes, check="nodes")
     if devices > hardware.devices_per_node:
         what = f"more than the {hardware.devices_per_node} devices of a node of {partition.hardware}"
         yield report("job.resources.devices_per_node", what, "ask for fewer, on more nodes", devices, check="devices")
     elif cpus * devices > hardware.cores_per_node and not may_oversubscribe:
         what = f"{devices} ranks with {cpus} cores each, more than the {hardware.cores_per_node} of a node"
         yield report("job.resources.cpus_per_device", what, "ask for fewer", cpus, check="cores")
-    if wanted.memory is not None and wanted.memory > hardware.memory:
-        what = f"more than the {format_size(hardware.memory)} of a node of {partition.hardware}"
+    most = min(hardware.memory, partition.memory_max or hardware.memory)
+    if wanted.memory is not None and wanted.memory > most:
+        whose = f"node of {partition.hardware}" if most == hardware.memory else f"node in partition {name}"
+        what = f"more than the {format_size(most)} of a {whose}"
         yield report("job.resources.memory", what, "ask for less", format_size(wanted.memory), check="memory")
+
+
+def _qos_problems(job: Job, name: str | None, qos: Qos, devices: int, report: Report) -> Iterator[Problem]:
+    nodes = job.resources.nodes
+    if qos.nodes_max is not None and nodes > qos.nodes_max:
+        what, remedy = f"more than the {qos.nodes_max} nodes of QOS {name}", "ask for fewer, or choose another QOS"
+        yield report("job.resources.nodes", what, remedy, nodes, check="nodes")
+    if qos.nodes_min is not None and nodes < qos.nodes_min:
+        what, remedy = f"fewer than the {qos.nodes_min} nodes that QOS {name} wants", "choose another QOS"
+        yield report("job.resources.nodes", what, remedy, nodes, check="nodes")
+    if qos.devices_max is not None and devices > qos.devices_max:
+        what, remedy = f"more than the {qos.devices_max} devices of QOS {name}", "ask for fewer, or choose another QOS"
+        yield report("job.resources.devices_per_node", what, remedy, devices, check="devices")
 
 
 def _time_problems(

@@ -333,7 +333,7 @@ def _qos(limits: str, usage: str) -> Iterator[Limits]:
         yield Limits(
             owner=f"QOS {name}",
             kind="QOS",
-            wall_s=_wall_s(wall if not wall.isdigit() else None) if wall else math.inf,
+            wall_s=_wall_s(wall),
             job_max=_amounts(job_max),
             job_min=_amounts(job_min),
             user_max={key: now.get(key, Use(limit=limit)) for key, limit in _amounts(user_max).items()},
