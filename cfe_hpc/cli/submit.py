@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     common.add_job_arguments(parser)
     common.add_partition_argument(parser)
+    common.add_partition_argument(parser)
     common.add_sweep_arguments(parser)
     common.add_ignore_argument(parser)
     parser.add_argument(
@@ -75,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
         loaded = common.load_job(args)
     except PipelineError:
         return _submit_stages(args, work_tree)
+    loaded = common.with_partition(loaded, work_tree)
     loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
     _heed_checks(_of_one_run(loaded), planned, measured)
