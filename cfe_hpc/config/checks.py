@@ -55,10 +55,12 @@ CHECKS: dict[str, Row] = {
     "partition": Row("error", "the site has no such partition", "choose one that it has", firm=True),
     # Planning: what the profile says of the site.
     "accelerator": Row("error", "the partition has other devices", "choose another partition or site"),
-    "nodes": Row("error", "more nodes than one job may have in the partition", "ask for fewer"),
-    "devices": Row("error", "more devices than a node has", "ask for fewer, on more nodes"),
+    "nodes": Row("error", "more or fewer nodes than the partition or the QOS gives one job", "ask for what it gives"),
+    "devices": Row(
+        "error", "more devices than a node has, or than the QOS gives one job", "ask for fewer, on more nodes"
+    ),
     "cores": Row("error", "more cores than a node has", "ask for fewer cores for each device"),
-    "memory": Row("error", "more memory than a node has", "ask for less"),
+    "memory": Row("error", "more memory than a node has, or than the partition gives of it", "ask for less"),
     "time": Row("error", "longer than the partition allows", "ask for less: the run goes on in further attempts"),
     "qos-time": Row("error", "longer than the quality of service allows", "ask for less, or choose another"),
     "signal-lead": Row("error", "the time limit is shorter than the signal's lead", "ask for more time"),

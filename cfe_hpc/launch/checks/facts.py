@@ -85,7 +85,7 @@ class Facts:
         """Runs that the job makes: the tasks of a sweep, or 1."""
         if self.job.sweep is None:
             return 1
-        from cfe_hpc.config.tasks import tasks_of
+        from cfe_hpc.config.axes import tasks_of
 
         def report(path: tuple[str | int, ...], what: str, remedy: str, value: Any = None) -> Problem:
             return self.problem(".".join(map(str, ("job", *path))), what, remedy, value)
