@@ -18,7 +18,7 @@ from cfe_hpc.launch.interpreter import editable, import_roots
 from cfe_hpc.launch.preparation import preparation, refusal, verification
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["environment_of", "prologue"]
+__all__ = ["environment_of", "exports", "imports", "prologue"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -59,13 +59,21 @@ def prologue(spec: RunSpec, folder: RunFolder) -> list[str]:
     Raises:
         ConfigError: `[environment]` names a variable that is not set, or one that no shell can have.
     """
-    lines = _run_dir(folder) if spec.job.sweep is None else _task_dir(folder)
+    lines = _task_dir(folder) if _is_array(spec) else _run_dir(folder)
     lines += refusal(spec)
-    paths = _import_paths(spec)
-    if paths:
-        lines.append(f'export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment_of(spec).items()]
+    lines += [*imports(spec), *exports(spec)]
     return [*lines, *preparation(spec), *spec.job.environment.setup, *verification(spec)]
+
+
+def imports(spec: RunSpec) -> list[str]:
+    """The line, if one is needed, that lets the run's Python find this package and the run's own code."""
+    paths = _import_paths(spec)
+    return [f'export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}"${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []
+
+
+def exports(spec: RunSpec) -> list[str]:
+    """Lines that set what `environment_of` tells."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment_of(spec).items()]
 
 
 def _import_paths(spec: RunSpec) -> list[str]:
@@ -79,6 +87,11 @@ def _import_paths(spec: RunSpec) -> list[str]:
     found = [Path(path) for path in (*import_roots(provenance.python, os.environ), *paths)]
     copied = [str(snapshot / path.relative_to(tree)) for path in found if path.is_relative_to(tree)]
     return list(dict.fromkeys([*copied, *(path for path in paths if not Path(path).is_relative_to(tree))]))
+
+
+def _is_array(spec: RunSpec) -> bool:
+    """Whether the script is that of all tasks of a sweep; on this machine each has one of its own."""
+    return spec.job.sweep is not None and spec.site.scheduler == "slurm"
 
 
 def _run_dir(folder: RunFolder) -> list[str]:
