@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from typing import TYPE_CHECKING, get_origin
 
 from cfe_hpc.errors import CfeError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 __all__ = ["answer", "configure", "run"]
 
 _PROGRAM = "cfe-hpc"
+
+Names = Callable[[str, argparse.Namespace], Iterable[str]]
+"""From what is written of a word, and of the words before it, to what the word may be."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +47,7 @@ def answer() -> None:
     import argcomplete
 
     parser = _parser(os.environ.get("COMP_LINE", "").split())
-    argcomplete.autocomplete(parser, always_complete_options="long")
+    argcomplete.autocomplete(parser, always_complete_options=False)
 
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:
@@ -62,48 +69,108 @@ def _give_completers(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for sub in dict.fromkeys(action.choices.values()):
                 _give_completers(sub)
-        elif isinstance(action.metavar, str) and action.metavar in _COMPLETERS:
-            action.completer = _quietly(_COMPLETERS[action.metavar])  # type: ignore[attr-defined]
+            continue
+        names = _BY_DEST.get(action.dest) or _BY_METAVAR.get(str(action.metavar))
+        if names is not None:
+            action.completer = _quietly(names)  # type: ignore[attr-defined]
 
 
-def _quietly(names: Callable[[argparse.Namespace], Iterable[str]]) -> Callable[..., list[str]]:
+def _quietly(names: Names) -> Callable[..., list[str]]:
     def completer(prefix: str, parsed_args: argparse.Namespace, **more: object) -> list[str]:
         del more
         try:
-            return [name for name in names(parsed_args) if name.startswith(prefix)]
-        except CfeError:  # told by the command itself, when it is given
+            return [name for name in names(prefix, parsed_args) if name.startswith(prefix)]
+        except (CfeError, OSError):  # told by the command itself, when it is given
             return []
 
     return completer
 
 
-def _jobs(args: argparse.Namespace) -> Iterable[str]:
+def _jobs(prefix: str, args: argparse.Namespace) -> Iterable[str]:
     from cfe_hpc.config import shipped
 
     return shipped.available("jobs")
 
 
-def _sites(args: argparse.Namespace) -> Iterable[str]:
+def _sites(prefix: str, args: argparse.Namespace) -> Iterable[str]:
     from cfe_hpc.config import shipped
 
     return shipped.available("site_configs")
 
 
-def _runs(args: argparse.Namespace) -> Iterable[str]:
-    from cfe_hpc.reports.find import runs_roots, runs_under
+def _runs(prefix: str, args: argparse.Namespace) -> Iterable[str]:
+    from cfe_hpc.reports.find import run_paths, runs_roots
 
-    return (run.run_id for run in runs_under(runs_roots(getattr(args, "site", None), os.environ)))
-
-
-def _keys(args: argparse.Namespace) -> Iterable[str]:
-    return ()
+    return (path.rpartition("/")[2] for path in run_paths(runs_roots(getattr(args, "site", None), os.environ)))
 
 
-# By what stands in the usage: an argument that a verb adds later is completed, too.
-_COMPLETERS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+def _partitions(prefix: str, args: argparse.Namespace) -> Iterable[str]:
+    from cfe_hpc.config.load import load_site
+
+    return load_site(args.site, os.environ)[0].partitions
+
+
+def _checks(prefix: str, args: argparse.Namespace) -> Iterable[str]:
+    from cfe_hpc.config.checks import CHECKS
+
+    return CHECKS
+
+
+def _settings(prefix: str, args: argparse.Namespace) -> Iterator[str]:
+    """`KEY=`, or with KEY written out each `KEY=VALUE` where the values are few words."""
+    from cfe_hpc.config.job import Job
+    from cfe_hpc.config.site import Site
+
+    key, equals, _ = prefix.partition("=")
+    if equals:
+        model, path = (Site, key[5:]) if key.startswith("site.") else (Job, key)
+        yield from (f"{key}={word}" for word in _words_of(model, path))
+        return
+    yield from (f"{name}=" for name in _keys_of(Job, ""))
+    yield from (f"params.{name}=" for name in _params(args.job))
+    if key.startswith("s"):  # a hundred more, and seldom meant
+        yield from (f"{name}=" for name in _keys_of(Site, "site."))
+
+
+def _keys_of(model: type[BaseModel], before: str) -> Iterator[str]:
+    """The dotted keys of a model; those in tables whose names are the user's own are left out."""
+    from cfe_hpc.config.problems import key_of, nested_model
+
+    for name, field in model.model_fields.items():
+        table = nested_model(field.annotation)
+        key = f"{before}{key_of(name, field)}"
+        if table is None:
+            yield key
+        elif get_origin(field.annotation) is None:
+            yield from _keys_of(table, f"{key}.")
+
+
+def _words_of(model: type[BaseModel], key: str) -> list[str]:
+    """The words that may stand at a key; none where anything may."""
+    from cfe_hpc.config.problems import field_at, literal_words
+
+    _, field = field_at(model, tuple(key.split(".")))
+    if field is None:
+        return []
+    return ["true", "false"] if field.annotation is bool else [str(word) for word in literal_words(field.annotation)]
+
+
+def _params(job: str | None) -> Iterable[str]:
+    """What the job file itself says under [params]."""
+    from cfe_hpc.config import shipped
+    from cfe_hpc.files import read_toml
+
+    params = read_toml(shipped.resolve(job, "jobs")).get("params") if job else None
+    return params if isinstance(params, dict) else ()
+
+
+# By what stands in the usage: an argument that a verb gets later is completed, too.
+_BY_METAVAR: dict[str, Names] = {
     "JOB": _jobs,
     "S": _sites,
     "NAME": _sites,
     "RUN": _runs,
-    "KEY=VALUE": _keys,
+    "KEY=VALUE": _settings,
+    "KEY=V1,V2": _settings,
 }
+_BY_DEST: dict[str, Names] = {"ignore": _checks, "partition": _partitions}

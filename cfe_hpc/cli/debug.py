@@ -74,7 +74,8 @@ def _debug(args: argparse.Namespace) -> int:
         return 0
     spec, folder = prepare(loaded, planned, work_tree, name=f"{loaded.job.name}-debug")
     if spec.site.scheduler == "slurm":
-        print(f"{folder.run_id}: asking for {planned.nodes} node(s) of {planned.partition}", file=sys.stderr)
+        nodes = "1 node" if planned.nodes == 1 else f"{planned.nodes} nodes"
+        print(f"{folder.run_id}: asking for {nodes} of {planned.partition}", file=sys.stderr)
     return debug.hold_session(spec, folder, script=debug.session_script(spec, folder, shell=args.shell))
 
 

@@ -117,6 +117,10 @@ def script() -> NoReturn:
     The interpreter is not taken apart: freeing every module by hand is a fifth of what `submit` costs (measured: 70 of
     290 ms), and the kernel does it anyway. Verbs close what they open.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        from cfe_hpc.cli.completion import answer
+
+        answer()
     try:
         code = main()
         sys.stdout.flush()

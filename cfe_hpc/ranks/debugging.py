@@ -112,6 +112,18 @@ def under_debugger(command: Sequence[str]) -> list[str]:
     raise UsageError(f"command: starts no Python program that pdb could hold ({shlex.join(command)}); give --shell")
 
 
+class _Debugger(Pdb):
+    """pdb, where `run` is the entry's argument: pdb's own command of that name, like `restart`, would end the session,
+    since what has joined a run cannot join it again."""
+
+    def do_run(self, arg: str) -> None:
+        self.default(f"run{arg}")
+
+    def do_restart(self, arg: str) -> None:
+        del arg
+        self.message("a rank joins its run once: end the session with `q`, and start another")
+
+
 def _debug_entry(spec: RunSpec) -> int:
     """The job's entry under pdb, stopped at its first line; after an error, in the frame that raised it."""
     from cfe_hpc.ranks.__main__ import find_entry
@@ -120,7 +132,7 @@ def _debug_entry(spec: RunSpec) -> int:
     signals.install()
     run = join()
     entry = find_entry(spec)
-    debugger = Pdb()
+    debugger = _Debugger()
     code = 0
     try:
         debugger.runcall(entry, run)

@@ -167,10 +167,10 @@ class LiveRun:
 
 
 def site_file(folder: Path, name: str = "minislurm", **changes: Any) -> str:
-    """A copy of a shipped site profile in `folder`, with changed top-level tables merged in; its path."""
+    """A copy of a shipped site profile in `folder`, with changed values, tables merged into its own; its path."""
     table = read_toml(ROOT / "site_configs" / f"{name}.toml")
     for key, value in changes.items():
-        table[key] = {**table.get(key, {}), **value}
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, Mapping) else value
     path = folder / f"{name}.toml"
     path.write_text(tomli_w.dumps(table), encoding="utf-8")
     return str(path)
