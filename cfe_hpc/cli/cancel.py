@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from cfe_hpc.cli import common
+
+if TYPE_CHECKING:
+    from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["configure", "run"]
 
@@ -24,9 +28,22 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.launch.ending import cancel
 
     folder = common.find_run(args)
+    if folder.is_sweep:
+        return _cancel_sweep(folder, args)
     outcome = cancel(folder)
     if args.json:
         common.print_json({"run_id": folder.run_id, "job_id": outcome.job_id, "action": outcome.action})
     else:
         print(outcome.text)
+    return 0
+
+
+def _cancel_sweep(sweep: RunFolder, args: argparse.Namespace) -> int:
+    from cfe_hpc.launch.sweep import cancel_sweep
+
+    number = cancel_sweep(sweep)
+    if args.json:
+        common.print_json({"sweep_id": sweep.run_id, "action": "cancelled", "tasks": number})
+    else:
+        print(f"{sweep.run_id}: cancelled: {number} tasks that had started, and all that had not")
     return 0

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("report", "what became of a run, and where its time went"),
     "cancel": ("cancel", "stop a run for good"),
     "requeue": ("requeue", "save a run and put it back in the queue"),
+    "retry": ("retry", "send the tasks of a sweep again that failed"),
     "debug": ("debug", "a job's first rank in this terminal, under the debugger or as a shell"),
     "drill": ("drill", "send a run the signals of a preemption, and see whether it survives"),
     "checkpoints": ("checkpoints", "list, verify, compare, prune, pin and export a run's checkpoints"),

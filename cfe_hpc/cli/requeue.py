@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from cfe_hpc.cli import common
+
+if TYPE_CHECKING:
+    from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["configure", "run"]
 
@@ -25,10 +29,34 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.launch.ending import requeue
 
     folder = common.find_run(args)
+    if folder.is_sweep:
+        return _requeue_sweep(folder, args)
     outcome = requeue(folder)
     if args.json:
         document = {"run_id": folder.run_id, "job_id": outcome.job_id, "action": outcome.action}
         common.print_json({**document, "followers": list(outcome.followers)})
     else:
         print(outcome.text)
+    return 0
+
+
+def _requeue_sweep(sweep: RunFolder, args: argparse.Namespace) -> int:
+    """All that run save and go back to the queue, all that failed or are held are sent again."""
+    from cfe_hpc.cli.sweep_status import read
+    from cfe_hpc.errors import SchedulerError, UsageError
+    from cfe_hpc.launch.sweep import retry_tasks, save_tasks
+
+    if sweep.promised("cancel") is not None:
+        raise UsageError(f"{sweep.run_id}: was cancelled; send its tasks again with `cfe-hpc retry --cancelled`")
+    tasks, failures = read(sweep)
+    if failures:  # a task that runs must not run twice
+        raise SchedulerError("; ".join(failures))
+    told = save_tasks(sweep)
+    again = [task.task for task in tasks if task.status.state in ("FAILED", "HELD")]
+    job_ids = retry_tasks(sweep, again).job_ids if again else ()
+    if args.json:
+        document = {"sweep_id": sweep.run_id, "signalled": told, "resubmitted": again, "job_ids": list(job_ids)}
+        common.print_json(document)
+    else:
+        print(f"{sweep.run_id}: {len(told)} tasks save and go back to the queue, {len(again)} are sent again")
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.config.tasks import Tasks
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.dependencies import awaited, note_dependent
@@ -17,6 +18,7 @@ from cfe_hpc.launch.preparation import VERIFY
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.process import start_ticks
+from cfe_hpc.ranks.array_states import ranges
 from cfe_hpc.ranks.successor import clean_environment, record_job
 from cfe_hpc.runfolder import RunFolder
 
@@ -42,13 +44,19 @@ class LocalBackend:
     def submit(self, spec: RunSpec, folder: RunFolder, *, after: Sequence[RunFolder] = ()) -> str:
         awaited(after)
         write_atomic(folder.submission_script, self._script(spec, folder, after))
-        job_id = _start(folder, attempt_base=0)
+        if spec.job.sweep is None:
+            job_id = _start(folder, attempt_base=0)
+        else:
+            [job_id] = self.submit_tasks(spec, folder, range(Tasks.read(folder.sweep_json).tasks))
         note_dependent(after, folder)
         return job_id
 
     def resubmit(self, spec: RunSpec, folder: RunFolder, *, next_attempt: int, after: Sequence[RunFolder] = ()) -> str:
         # The script itself says what it waits for.
         return _start(folder, attempt_base=next_attempt)
+
+    def submit_tasks(self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int]) -> list[str]:
+        return [_start(sweep, attempt_base=0, tasks=ranges(tasks))]
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         known = {}
@@ -72,7 +80,8 @@ class LocalBackend:
 
     def _script(self, spec: RunSpec, folder: RunFolder, after: Sequence[RunFolder] = ()) -> str:
         python = shlex.quote(spec.provenance.python)
-        supervisor = [spec.provenance.batch_python, "-m", "cfe_hpc.launch.supervisor", str(folder.path)]
+        module = "supervisor" if spec.job.sweep is None else "sweep_supervisor"
+        supervisor = [spec.provenance.batch_python, "-m", f"cfe_hpc.launch.{module}", str(folder.path)]
         supervisor += [f"--after={each.path}" for each in after]
         supervisor += ["--", *self._rank_command] if self._rank_command else []
         return "\n".join(
@@ -87,15 +96,23 @@ class LocalBackend:
         )
 
 
-def _start(folder: RunFolder, *, attempt_base: int) -> str:
+def _start(folder: RunFolder, *, attempt_base: int, tasks: str | None = None) -> str:
     """Run the folder's script in a session of its own, so that neither this process nor the terminal takes it along;
-    record it as a job."""
+    record it as a job.
+
+    Args:
+        tasks: of a sweep those to run.
+    """
+    environment = clean_environment(os.environ) | {"CFE_ATTEMPT_BASE": str(attempt_base)}
+    of_sweep = {} if tasks is None else {"tasks": tasks}
+    if tasks is not None:
+        environment["CFE_SWEEP_TASKS"] = tasks
     log = str(folder.logs / "supervisor.log")
     try:
         pid = os.posix_spawn(
             "/bin/bash",
             ["bash", str(folder.submission_script)],
-            clean_environment(os.environ) | {"CFE_ATTEMPT_BASE": str(attempt_base)},
+            environment,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
@@ -108,7 +125,7 @@ def _start(folder: RunFolder, *, attempt_base: int) -> str:
         raise SchedulerError(f"/bin/bash: cannot be started ({error.strerror}); see {log}") from error
     job_id = f"local-{pid}"
     facts = {"job_id": job_id, "pid": pid, "start_ticks": start_ticks(pid), "host": socket.gethostname()}
-    record_job(folder, scheduler="local", attempt_base=attempt_base, **facts)
+    record_job(folder, scheduler="local", attempt_base=attempt_base, **facts, **of_sweep)
     return job_id
 
 

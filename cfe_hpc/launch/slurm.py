@@ -15,6 +15,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
 from cfe_hpc.launch.preparation import VERIFY, VERIFYING
@@ -45,6 +46,8 @@ _OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>[^\n\r\0]+))?")
 # FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they start.
 _SHIELD = f'trap "" TERM USR1 USR2; {VERIFYING}; exec "$@"'
 
+_SHIELDED = shlex.join(["sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"])
+
 # The job's working directory is the run folder: naming it so keeps submitit from expanding a %j in the real path.
 _PICKLES_ON_NODE = f"/proc/self/cwd/{PICKLES}"
 
@@ -70,7 +73,11 @@ class _Executor(SlurmExecutor):
         each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
         task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
         words = f'{shlex.join(["sh", "-c", _SHIELD, "sh"])} "${VERIFY}" {shlex.join(task)}'
-        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each} {words}"
+        if self._spec.job.environment.container.kind not in ("none", "pyxis"):
+            # The shield is for what srun starts; inside of the container, too, nobody may be ended by a signal yet.
+            words = f"{_SHIELDED} {contained(self._spec, self._run_folder, words)}"
+        options = f"{total} {each}{srun_options(self._spec, self._run_folder)}"
+        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {options} {words}"
 
     def script(self) -> str:
         """The text that sbatch gets."""
@@ -141,10 +148,17 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
             "export SUBMITIT_PREEMPT_SIGNAL=URG",
             'cd -- "$CFE_RUN_DIR" || exit 1',
             *_redirection(spec, folder),
+            *_relay(spec),
             # Told to end, bash would go at once and leave out what comes after srun.
             "trap : TERM",
         ],
-        "teardown": ["code=$?", f'{python} -m cfe_hpc.ranks.epilogue "$CFE_RUN_DIR" "$code"', 'exit "$code"', ""],
+        "teardown": [
+            "code=$?",
+            *_relay_end(spec),
+            f'{python} -m cfe_hpc.ranks.epilogue "$CFE_RUN_DIR" "$code"',
+            'exit "$code"',
+            "",
+        ],
     }
 
 
@@ -152,6 +166,17 @@ def _log(folder: RunFolder, script: str, ending: str) -> str | None:
     """A script's log for #SBATCH, relative to the job's working directory: the run folder. None where the
     folder's path holds what Slurm (22.05) takes for a pattern, even there: the script then redirects by itself."""
     return None if re.search(r"[%\\]", str(folder.path)) else f"logs/%j.{script}.{ending}"
+
+
+def _relay(spec: RunSpec) -> list[str]:
+    """Lines that let ranks in a container ask Slurm, whose commands are outside of it."""
+    if spec.job.environment.container.kind == "none":
+        return []
+    return [f'eval "$({shlex.quote(spec.provenance.batch_python)} -m cfe_hpc.ranks.relay)"']
+
+
+def _relay_end(spec: RunSpec) -> list[str]:
+    return [] if spec.job.environment.container.kind == "none" else ['kill -KILL "$CFE_RELAY_PID"; unset CFE_RELAY']
 
 
 def _attempt_base(spec: RunSpec, python: str) -> list[str]:
@@ -236,6 +261,12 @@ class SlurmBackend:
         job_id = submit_successor(folder, job_id="", next_attempt=next_attempt, options=options)
         keep_up(after, options)
         return job_id
+
+    def submit_tasks(self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int]) -> list[str]:
+        from cfe_hpc.launch.arrays import send_tasks  # late: few jobs are sweeps
+
+        forget_queue()
+        return send_tasks(spec, sweep, tasks)
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         return queue(job["job_id"] for job in jobs)

@@ -26,9 +26,10 @@ from cfe_hpc.ranks.epilogue import close_failed_attempt, note_end
 from cfe_hpc.recovery.attempts import KILLED
 from cfe_hpc.recovery.evidence import oom_kills
 from cfe_hpc.recovery.result import close_books, write_result
+from cfe_hpc.recovery.sweep_result import result_of
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Attempt", "main", "supervise"]
+__all__ = ["Attempt", "main", "supervise", "wait_for"]
 
 logger = logging.getLogger("cfe_hpc.launch.supervisor")  # __name__ is "__main__" when it runs
 
@@ -191,9 +192,9 @@ def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attemp
     write_result(folder, state, attempts=attempt + 1, reason=reason)
 
 
-def _wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> str | None:
+def wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> str | None:
     """Wait until the run `after` has ended; why this one cannot start, or None when it can."""
-    while (result := after.result()) is None and folder.promised("cancel") is None:
+    while (result := result_of(after)) is None and folder.promised("cancel") is None:
         signal.sigtimedwait(_WAITED_FOR, poll_s)
     if folder.promised("cancel") is not None:
         return "cancelled by the user"
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(args.run_dir)
     spec = RunSpec.read(folder.run_toml)
     for after in args.after:
-        why_not = _wait_for(RunFolder(after), folder, spec.site.slurm.poll_interval)
+        why_not = wait_for(RunFolder(after), folder, spec.site.slurm.poll_interval)
         if why_not is not None:
             _write_end(folder, "CANCELLED", attempt=-1, reason=why_not)
             return 1

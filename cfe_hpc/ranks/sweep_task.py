@@ -44,7 +44,7 @@ def make_task(sweep: RunFolder, number: int) -> RunFolder:
         "submitted", attempt=None, **{key: submitted[key] for key in ("time", "detail") if key in submitted}
     )
     # Last: a folder that has it is whole.
-    spec.model_copy(update={"run_id": task.run_id, "job": job, "origins": origins}).write(task.run_toml)
+    spec.model_copy(update={"run_id": task.run_id, "job": job, "after": [], "origins": origins}).write(task.run_toml)
     return task
 
 

@@ -1,0 +1,176 @@
+"""Verbs on a whole sweep: tasks sent again under their numbers, all of them cancelled, or put back in the queue."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import SchedulerError
+from cfe_hpc.launch.backend import Backend, backend_for
+from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job
+from cfe_hpc.launch.states import JobState
+from cfe_hpc.ranks.jobrecords import record, records, unused_attempt
+from cfe_hpc.recovery.result import write_result
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["Retried", "cancel_sweep", "retry_tasks", "save_tasks"]
+
+_OVER = ("COMPLETED", "FAILED", "CANCELLED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retried:
+    """Tasks that were sent again.
+
+    Attributes:
+        tasks: their numbers.
+        job_ids: of what was sent.
+    """
+
+    tasks: tuple[int, ...]
+    job_ids: tuple[str, ...]
+
+
+def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
+    """Send tasks again, none of which runs or waits, each going on from its own newest checkpoint.
+
+    Raises:
+        SchedulerError: it was refused; everything stands as before.
+    """
+    spec = RunSpec.read(sweep.run_toml)
+    backend = backend_for(spec.site.scheduler)
+    undo = [_reopened(sweep.task(number)) for number in numbers]
+    undo.append(_taken_back(sweep, "cancel"))
+    try:
+        job_ids = backend.submit_tasks(spec, sweep, numbers)
+    except SchedulerError:
+        for put_back in undo:
+            put_back()
+        raise
+    for number in numbers:
+        _note_again(sweep, sweep.task(number), job_ids)
+    return Retried(tasks=tuple(numbers), job_ids=tuple(job_ids))
+
+
+def _reopened(task: RunFolder) -> Callable[[], None]:
+    """Make a task fit to begin again; what makes it as it was."""
+    if not task.path.is_dir():
+        return lambda: None
+    result, held = task.result(), task.promised("held")
+    task.control.mkdir(exist_ok=True)
+    uncancel = _taken_back(task, "cancel")
+    task.reopen()
+
+    def put_back() -> None:
+        uncancel()
+        if held is not None:
+            task.promise("held", **held)
+        if result is not None:
+            task.write_result(result)
+
+    return put_back
+
+
+def _taken_back(folder: RunFolder, name: str) -> Callable[[], None]:
+    """Take a promise back: whoever asks for a cancelled task again means it. What makes it anew."""
+    facts = folder.promised(name)
+    (folder.control / name).unlink(missing_ok=True)
+
+    def put_back() -> None:
+        if facts is not None:
+            folder.promise(name, **facts)
+
+    return put_back
+
+
+def _note_again(sweep: RunFolder, task: RunFolder, job_ids: Sequence[str]) -> None:
+    """Tell a task's own folder of the job that goes on with it: of those that have not started there is none."""
+    if not task.run_toml.exists():
+        return
+    attempt = latest_attempt(task)
+    number = task.sweep_task
+    assert number is not None
+    array = next((job for job in all_jobs(sweep) if job["job_id"] in job_ids and _has(job, number)), None)
+    if array is None:  # this machine's runner records the task's own process
+        return
+    job_id = f"{array['job_id']}_{number - int(array['offset'])}"
+    if not any(job.get("job_id") == job_id for job in records(task, "job")):
+        record(task, "job", job_id=job_id, scheduler="slurm", attempt_base=unused_attempt(task))
+    task.append_event("requeued", attempt=attempt, reason="requeue_requested", detail=f"as job {job_id}")
+
+
+def _has(job: dict[str, object], number: int) -> bool:
+    from cfe_hpc.ranks.array_states import unranged
+
+    return number in unranged(str(job.get("tasks", "")))
+
+
+def cancel_sweep(sweep: RunFolder) -> int:
+    """End every task that has not ended, for good, and let none start. Doing it again does no harm.
+
+    Returns:
+        How many tasks that had started were cancelled; the others never start.
+
+    Raises:
+        SchedulerError: the scheduler cannot be reached; the promises stand, and giving the command again finishes it.
+    """
+    spec = RunSpec.read(sweep.run_toml)
+    backend = backend_for(spec.site.scheduler)
+    sweep.promise("cancel", user=getpass.getuser())
+    open_tasks = [task for task in sweep.tasks() if (task.result() or {"state": "HELD"}).get("state") == "HELD"]
+    for task in open_tasks:
+        if task.run_toml.exists():
+            task.promise("cancel", user=getpass.getuser())
+    known = _known(backend, [sweep, *open_tasks])
+    for job in _live(sweep, known) + [job for task in open_tasks for job in _live(task, known, but=sweep)]:
+        backend.cancel(job)
+    for task in open_tasks:
+        attempt = latest_attempt(task)
+        training = attempt is not None and task.promised(f"requeued-{attempt}") is None
+        if not training or not any(known[_id(job)].state == "RUNNING" for job in _live(task, known)):
+            task.append_event("cancelled", attempt=attempt, reason="cancelled while no attempt was running")
+            attempts = 0 if attempt is None else attempt + 1
+            write_result(task, "CANCELLED", attempts=attempts, reason="cancelled by the user")
+    return len(open_tasks)
+
+
+def save_tasks(sweep: RunFolder) -> list[int]:
+    """Have every task that trains save and go back to the queue; their numbers.
+
+    Raises:
+        SchedulerError: the scheduler refused or cannot be reached.
+    """
+    spec = RunSpec.read(sweep.run_toml)
+    backend = backend_for(spec.site.scheduler)
+    training = [task for task in sweep.tasks() if task.result() is None and latest_attempt(task) is not None]
+    known = _known(backend, training)
+    told = []
+    for task in training:
+        job, attempt = latest_job(task), latest_attempt(task)
+        if job is None or _id(job) not in known or known[_id(job)].state != "RUNNING":
+            continue
+        task.promise(f"requeue-{attempt}", user=getpass.getuser())
+        backend.request_save(job, spec)
+        told.append(task.sweep_task or 0)
+    return told
+
+
+def _known(backend: Backend, folders: Iterable[RunFolder]) -> dict[str, JobState]:
+    """What the scheduler says of all their jobs, asked once."""
+    return backend.states([job for folder in folders for job in all_jobs(folder)])
+
+
+def _id(job: dict[str, object]) -> str:
+    return str(job["job_id"])
+
+
+def _live(folder: RunFolder, known: dict[str, JobState], *, but: RunFolder | None = None) -> list[dict[str, object]]:
+    """The folder's jobs that have not ended; but those of which an array of `but` is told as a whole."""
+    told = set() if but is None else {_id(job) for job in all_jobs(but)}
+    return [
+        job
+        for job in all_jobs(folder)
+        if _id(job) in known and known[_id(job)].state not in _OVER and _id(job).partition("_")[0] not in told
+    ]
