@@ -16,8 +16,8 @@ from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.site import Site
 from cfe_hpc.errors import ConfigError, ImpossibleError
 from cfe_hpc.launch.checks.checking import Finding, check
-from cfe_hpc.launch.checks.costs import cost_of_attempt
 from cfe_hpc.launch.plan import plan
+from cfe_hpc.launch.planner.cost import cost_of_attempt
 
 GPU = {"accelerator": "cuda", "devices_per_node": 4, "cores_per_node": 30, "memory": "256GiB"}
 CPU = {"accelerator": "cpu", "devices_per_node": 64, "cores_per_node": 64, "memory": "128GiB"}

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from cfe_hpc.config.nearest import nearest
 from cfe_hpc.errors import Problem
-from cfe_hpc.launch.checks.costs import cost_of_attempt
 from cfe_hpc.launch.checks.facts import Facts
 
 __all__ = [
@@ -124,8 +123,15 @@ def submit_max(facts: Facts) -> Iterator[Problem]:
         yield facts.problem(f"site.qos.{facts.plan.qos}.submit_max", what, remedy, qos.submit_max)
 
 
+def _cost(facts: Facts) -> float | None:
+    from cfe_hpc.launch.planner.cost import cost_of_attempt
+
+    return cost_of_attempt(facts.loaded, facts.plan)
+
+
 def cost_max(facts: Facts) -> Iterator[Problem]:
-    most, attempt = facts.job.resources.cost_max, cost_of_attempt(facts.loaded, facts.plan)
+    most = facts.job.resources.cost_max
+    attempt = None if most is None else _cost(facts)
     if most is not None and attempt is not None and attempt * facts.tasks > most:
         each = "one full attempt costs" if facts.tasks == 1 else f"{facts.tasks} tasks, one full attempt each, cost"
         currency = f" {facts.site.cost.currency}".rstrip()
@@ -134,7 +140,7 @@ def cost_max(facts: Facts) -> Iterator[Problem]:
 
 
 def cost_unknown(facts: Facts) -> Iterator[Problem]:
-    if facts.job.resources.cost_max is not None and cost_of_attempt(facts.loaded, facts.plan) is None:
+    if facts.job.resources.cost_max is not None and _cost(facts) is None:
         what = "no price or no time limit is known, so that nothing holds the job to it"
         remedy = f"set cost_per_node_hour of {facts.partition.hardware} in the site profile, and resources.time"
         yield facts.problem("job.resources.cost_max", what, remedy, facts.job.resources.cost_max)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfe_hpc.config.checks import CHECKS, Severity
 from cfe_hpc.config.load import Loaded
@@ -92,8 +92,7 @@ LOOKS: dict[str, Look] = {
 """What looks at a planned job. The other ids of `config.checks` belong to reading and planning, which raise."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that a check found.
 
     Attributes:

@@ -30,7 +30,7 @@ _TRAINERS = {
 """DeepSpeed's keys that the [params] of the shipped trainer decide, and which."""
 
 # Pascal, Volta and Turing: bf16 came with compute capability 8.0.
-_NO_BF16 = re.compile(r"(?i)(?<![a-z0-9])(?:k80|p40|p100|v100s?|t4|titan|gtx\w*|rtx_?[268]000)(?![a-z0-9])")
+_NO_BF16 = r"(?i)(?<![a-z0-9])(?:k80|p40|p100|v100s?|t4|titan|gtx\w*|rtx_?[268]000)(?![a-z0-9])"
 
 
 def _uses_deepspeed(facts: Facts) -> bool:
@@ -145,7 +145,7 @@ def bf16_hardware(facts: Facts) -> Iterator[Problem]:
     if facts.plan.accelerator != "cuda" or facts.job.engine.precision != "bf16" or facts.params is None:
         return
     named = " ".join((facts.plan.gres or "", facts.plan.constraint or "", facts.partition.hardware, *hardware.features))
-    old = _NO_BF16.search(named)
+    old = re.search(_NO_BF16, named)
     if old is not None:
         what = f"{old[0]} devices do not compute in bf16"
         remedy = 'set precision = "fp32", or choose newer devices'

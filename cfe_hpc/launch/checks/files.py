@@ -34,10 +34,10 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _HDF5_END = slice(28, 36)
 """Of a version 2 or 3 superblock with 8-byte offsets, as `data build` writes: where the file ends."""
 
-_SECRET_NAME = re.compile(r"(?i)(?:^|_|-)(?:password|passwd|secret|api_?key|access_key|auth_token|hf_token)$")
-_SECRET_VALUE = re.compile(
-    r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{36,}|hf_[A-Za-z]{30,}|glpat-[\w-]{20,}|sk-[\w-]{32,})\b"
-)
+_SECRET_NAMES = ("password", "passwd", "secret", "api_key", "apikey", "access_key", "auth_token", "hf_token")
+_SECRET_VALUES = r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_\w{36,}|hf_[A-Za-z]{30,}|glpat-[\w-]{20,}|sk-[\w-]{32,})\b"
+_SECRET_LENGTH = 20
+"""Shorter values are none of these."""
 
 
 def _data(facts: Facts) -> Path | None:
@@ -167,10 +167,17 @@ def secret_in_job(facts: Facts) -> Iterator[Problem]:
     named = [(f"job.{table}.{key}", key, value) for table, values in tables.items() for key, value in values.items()]
     words = [("job.command", "", word) for word in facts.job.command or ()]
     for key, name, value in (*named, *words):
-        if isinstance(value, str) and value and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value)):
+        if isinstance(value, str) and value and _is_secret(name, value):
             # Without the value: that is what it is about.
             what = "looks like a password or a key, and run.toml keeps it for all who can read the folder"
             yield facts.problem(key, what, "let the program read it from a file that only you can read")
+
+
+def _is_secret(name: str, value: str) -> bool:
+    named = name.lower().replace("-", "_")
+    if any(named == secret or named.endswith(f"_{secret}") for secret in _SECRET_NAMES):
+        return True
+    return len(value) >= _SECRET_LENGTH and re.search(_SECRET_VALUES, value) is not None
 
 
 def git_dirty(facts: Facts) -> Iterator[Problem]:
