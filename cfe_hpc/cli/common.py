@@ -155,10 +155,12 @@ def with_partition(loaded: Loaded, work_tree: WorkTree) -> Loaded:
     """
     from cfe_hpc.launch.plan import AUTO
 
-    if loaded.job.resources.partition != AUTO or AUTO in loaded.site.partitions:
+    if loaded.job.resources.partition != AUTO:
         return loaded
-    from cfe_hpc.launch.planner.survey import settle
+    from cfe_hpc.launch.planner.survey import chooses, settle
 
+    if not chooses(loaded):  # the site has one of that name
+        return loaded
     settled, why = settle(loaded, work_tree)
     print(why, file=sys.stderr)
     return settled

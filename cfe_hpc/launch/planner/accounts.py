@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.launch.planner.cost import billing_units, demands
@@ -95,7 +96,8 @@ def _wall(plan: Plan, layers: Sequence[Limits]) -> Iterator[Obstacle]:
             limit = format_duration(limits.wall_s)
             what = f"{format_duration(plan.time_s)}, and {limits.owner} ends a job after {limit}"
             remedy = f'time = "{limit}": the run goes on in further attempts'
-            yield _of(limits, f"{limits.kind}MaxWallDurationPerJobLimit", what, remedy)
+            exceeded = _of(limits, f"{limits.kind}MaxWallDurationPerJobLimit", what, remedy)
+            yield replace(exceeded, time_s=limits.wall_s)
 
 
 def _jobs(layers: Sequence[Limits], tasks: int) -> Iterator[Obstacle]:

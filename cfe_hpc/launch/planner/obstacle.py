@@ -18,6 +18,7 @@ class Obstacle:
         refused: sbatch does not take the job; otherwise it is taken, and pends.
         for_ever: only another job, or another site, changes it; otherwise it passes.
         until_s: when it passes, in seconds since the epoch; None when nobody knows.
+        time_s: the longest time limit that it allows; None when it is about something else.
     """
 
     limit: str
@@ -27,6 +28,7 @@ class Obstacle:
     what: str
     remedy: str
     until_s: float | None = None
+    time_s: float | None = None
 
     def __str__(self) -> str:
         """One line for people: what, and what to do."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from cfe_hpc.config.run import Plan
 from cfe_hpc.launch.planner.accounts import account_of, accounting, memory_mib_of, qos_of
@@ -167,7 +168,8 @@ def _partition_limits(plan: Plan, partition: PartitionFacts, facts: Facts) -> It
         limit = format_duration(partition.time_limit_s)
         what = f"{format_duration(plan.time_s)}, and partition {name} ends a job after {limit}"
         remedy = f'time = "{limit}": the run goes on in further attempts'
-        yield _pends("MaxTime", "PartitionTimeLimit", what, remedy, facts, for_ever=True)
+        exceeded = _pends("MaxTime", "PartitionTimeLimit", what, remedy, facts, for_ever=True)
+        yield replace(exceeded, time_s=partition.time_limit_s)
     memory_mib = memory_mib_of(plan, facts)
     if memory_mib > partition.memory_max_mib:
         limit = format_size(partition.memory_max_mib * 2**20)

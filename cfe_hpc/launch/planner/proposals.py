@@ -201,13 +201,14 @@ def _variants(loaded: Loaded, proposal: Proposal, now_s: float) -> Iterator[dict
 
 def _shorter(loaded: Loaded, proposal: Proposal) -> Iterator[dict[str, Any]]:
     site, job = loaded.site, loaded.job
-    limit_s = site.partitions[proposal.partition].time_limit
     asked_s = proposal.plan.time_s if proposal.plan is not None else job.resources.time
     if asked_s is None:
         return
     least_s = _SHORTEST_LEADS * max(site.slurm.signal_lead, 60.0)
-    if limit_s is not None and asked_s > limit_s:
-        yield {"time": limit_s}
+    limits_s = [site.partitions[proposal.partition].time_limit, *(obstacle.time_s for obstacle in proposal.obstacles)]
+    exceeded_s = [limit_s for limit_s in limits_s if limit_s is not None and asked_s > limit_s]
+    if exceeded_s:
+        yield {"time": min(exceeded_s)}
         return
     for share in (2, 4, 8):
         if asked_s / share >= least_s:
@@ -267,7 +268,7 @@ def _stated(problem: Problem, limit: str | None = None) -> Obstacle:
         reason=_REASONS.get(limit, "Requested node configuration is not available"),
         refused=limit not in _REASONS,
         for_ever=True,
-        what=f"{problem.key}: {problem.what}{shown}",
+        what=f"{problem.what}{shown}",
         remedy=problem.remedy,
     )
 
