@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace, work_tree: WorkTree) -> int:
     from cfe_hpc.launch.pipeline import PlannedStage, submit_pipeline
 
     reused = _reused(args)
-    jobs = _chosen(args, reused)
+    jobs = [replace(job, loaded=common.with_partition(job.loaded, work_tree)) for job in _chosen(args, reused)]
     plans = [plan_with_history(job.loaded) for job in jobs]
     _heed_checks(jobs, plans)
     stages = [PlannedStage(job=job, planned=planned) for job, (planned, _) in zip(jobs, plans, strict=True)]
@@ -80,8 +81,6 @@ def _chosen(args: argparse.Namespace, reused: dict[str, RunFolder]) -> list[Stag
 
 
 def _ignoring(args: argparse.Namespace, job: StageJob) -> StageJob:
-    from dataclasses import replace
-
     return replace(job, loaded=common.ignoring(job.loaded, getattr(args, "ignore", [])))
 
 
