@@ -219,3 +219,10 @@ def test_submit_refuses_what_would_fail_and_names_each_warning(
     assert capsys.readouterr().err == ""
     assert main(["submit", *_words(stage, "saves-never"), "--dry-run"]) == 0
     assert capsys.readouterr().err.endswith("lower it [saves-never]\n")
+
+
+def test_the_document_has_a_row_for_each_check() -> None:
+    text = (EXAMPLES.parent.parent / "docs" / "checks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| (.*) \| (.*) \| (yes|no) \|$", text, re.MULTILINE)
+    told = [(id_, row.severity, row.finds, row.fix, "no" if row.firm else "yes") for id_, row in CHECKS.items()]
+    assert rows == told

@@ -160,9 +160,15 @@ CHECKS: dict[str, Row] = {
         "less is free than `keep_last` checkpoints and the next one take",
         "lower `checkpoint.keep_last`, or make room",
     ),
-    "quota": Row("warning", "that is more than the site's quota", "lower `checkpoint.keep_last`"),
+    "quota": Row(
+        "warning",
+        "`keep_last` checkpoints and the next one are more than the site's quota",
+        "lower `checkpoint.keep_last`",
+    ),
     "inodes": Row("warning", "logs and checkpoints are more files than can be made", "lower `checkpoint.keep_last`"),
-    "quota-files": Row("warning", "that is more files than the site's quota", "lower `checkpoint.keep_last`"),
+    "quota-files": Row(
+        "warning", "logs and checkpoints are more files than the site's quota", "lower `checkpoint.keep_last`"
+    ),
     "purged": Row("note", "checkpoints kept for good lie where the site deletes old files", "copy them away in time"),
     # Checkpoints.
     "no-checkpoints": Row(
