@@ -26,10 +26,10 @@ CAPTURED = Path(__file__).resolve().parent / "captured" / "slurm-22.05.8"
 SAID = {name: (CAPTURED / f"{name}.txt").read_text() for name in ("config", "partition", "node", "qos")}
 
 BY_QOS = """\
-normal||cluster|00:00:00|
-high|normal,scavenger|cluster|00:00:00|2-00:00:00
-scavenger||requeue|00:02:00|08:00:00
-a|b|low|suspend|00:00:00|
+normal||cluster|00:00:00||||||1.000000
+high|normal,scavenger|cluster|00:00:00|2-00:00:00|node=2|gres/gpu=8,node=4|3|5|2.000000
+scavenger||requeue|00:02:00|08:00:00|||||0.500000
+a|b|low|suspend|00:00:00||||||1.000000
 """
 
 
@@ -210,6 +210,134 @@ def test_what_differs_is_named_with_both_values(
     assert (difference.key, difference.profile, difference.cluster) == (key, profile, there)
 
 
+LIMITED = {
+    "DefaultTime=00:30:00 DisableRootJobs=NO ExclusiveUser=NO GraceTime=10": (
+        "DefaultTime=00:30:00 DisableRootJobs=NO ExclusiveUser=NO GraceTime=10 TRESBillingWeights=CPU=1.0,Mem=0.25G,"
+        "GRES/gpu=16"
+    ),
+    "AllowAccounts=ALL": "AllowAccounts=proj1,proj2",
+    "AllowQos=ALL": "AllowQos=normal",
+    "MinNodes=0": "MinNodes=2",
+    "OverSubscribe=NO": "OverSubscribe=EXCLUSIVE",
+    "DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED": "DefMemPerNode=1000 MaxMemPerNode=4000",
+    "ReqResv=NO": "ReqResv=YES",
+}
+
+
+def limited(**changes: Any) -> LiveCluster:
+    """The captured cluster, with every limit on the partition spot."""
+    gpu, spot, *others = SAID["partition"].splitlines()
+    for old, new in LIMITED.items():
+        assert old in spot
+        spot = spot.replace(old, new)
+    return live(partition="\n".join([gpu, spot, *others]), **changes)
+
+
+def test_limits_of_a_partition_and_access_to_it(loaded: Callable[[LiveCluster], Site]) -> None:
+    cluster = limited(node=("AvailableFeatures=(null)", "AvailableFeatures=big,rack1"))
+    site = loaded(cluster)
+    spot, plain = site.partitions["spot"], site.partitions["gpu"]
+    assert (spot.nodes_min, spot.exclusive) == (2, True)
+    assert (spot.memory_default, spot.memory_per_core_default, spot.memory_max) == (1000 * 2**20, None, 4000 * 2**20)
+    assert (spot.allowed_accounts, spot.allowed_qos) == (["proj1", "proj2"], ["normal"])
+    assert spot.billing_weights == {"cpu": 1.0, "mem": 0.25, "gres/gpu": 16.0}
+    assert (plain.nodes_min, plain.exclusive, plain.memory_max, plain.billing_weights) == (None, False, None, {})
+    assert plain.memory_per_core_default == 500 * 2**20  # the cluster's
+    assert site.slurm.billing_max is False
+    assert site.hardware["h200"].features == ["big", "rack1"]
+    assert "only jobs of a reservation start here" in profile_text(cluster)
+    assert (differences(site, cluster), unstated(site, cluster)) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("shown", "weights"),
+    [
+        ("CPU=1.0,Mem=0.25G", {"cpu": 1.0, "mem": 0.25}),
+        ("Mem=0.001", {"mem": 1.024}),  # for each MiB
+        ("mem=2T,GRES/gpu:a100=8.5", {"mem": 2 / 1024, "gres/gpu:a100": 8.5}),
+        ("CPU=1e-2,Node=10,license/x=3", {"cpu": 0.01, "node": 10.0, "license/x": 3.0}),
+    ],
+)
+def test_weights_of_memory_are_for_each_gib(shown: str, weights: dict[str, float]) -> None:
+    cluster = live(partition=("PartitionName=spot ", f"PartitionName=spot TRESBillingWeights={shown} "))
+    assert partition_of(cluster, "spot").billing_weights == weights
+
+
+def test_the_dearest_resource_alone_is_billed_where_max_tres_is_set() -> None:
+    flags = config(
+        "PriorityType", "priority/basic", "priority/multifactor\nPriorityFlags           = FAIR_TREE,MAX_TRES"
+    )
+    assert flags.billing_max is None  # nothing is weighted
+    weighted = limited(config=("priority/basic", "priority/multifactor\nPriorityFlags           = FAIR_TREE,MAX_TRES"))
+    assert weighted.billing_max is True
+
+
+def test_whole_nodes_are_given_where_nothing_smaller_can_be_selected() -> None:
+    assert partition_of(config("SelectType", "select/cons_tres", "select/linear"), "gpu").exclusive
+
+
+def test_limits_of_a_qos(loaded: Callable[[LiveCluster], Site]) -> None:
+    cluster = live(qos=BY_QOS)
+    high = loaded(cluster).qos["high"]
+    assert (high.nodes_min, high.nodes_max, high.devices_max) == (2, 4, 8)
+    assert (high.jobs_max, high.submit_max, high.cost_factor, high.time_limit) == (3, 5, 2.0, 172_800.0)
+    assert differences(loaded(cluster), cluster) == []
+    for key, value in {"nodes_min": 1, "nodes_max": 5, "devices_max": 9, "jobs_max": 4, "submit_max": 6}.items():
+        table = tomllib.loads(profile_text(cluster))
+        table["qos"]["high"][key] = value
+        found = differences(Site.model_validate(table), cluster)
+        assert [(each.key, each.profile) for each in found] == [(f"qos.high.{key}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "there"),
+    [
+        ("partitions.spot.nodes_min", 1, "2"),
+        ("partitions.spot.exclusive", False, "true"),
+        ("partitions.gpu.exclusive", True, "false"),
+        ("partitions.spot.memory_default", "2000MiB", '"1000 MiB"'),
+        ("partitions.gpu.memory_default", "2000MiB", None),
+        ("partitions.spot.memory_max", "8000MiB", '"3.91 GiB"'),
+        ("partitions.spot.allowed_accounts", ["proj1"], '["proj1", "proj2"]'),
+        ("partitions.gpu.allowed_qos", ["high"], "[]"),
+        ("partitions.spot.billing_weights", {"cpu": 1.0}, '{cpu = 1.0, mem = 0.25, "gres/gpu" = 16.0}'),
+        ("partitions.spot.constraint", "big&[rack1|rack9]*2", None),
+        ("hardware.h200.features", ["rack9", "big"], None),
+        ("slurm.billing_max", True, "false"),
+    ],
+)
+def test_what_is_stated_of_limits_and_access_is_compared(key: str, value: Any, there: str | None) -> None:
+    cluster = limited(node=("AvailableFeatures=(null)", "AvailableFeatures=big,rack1"))
+    table: dict[str, Any] = tomllib.loads(profile_text(cluster))
+    *outer, name = key.split(".")
+    inner = table
+    for each in outer:
+        inner = inner[each]
+    inner[name] = value
+    (found,) = differences(Site.model_validate(table), cluster)
+    assert (found.key, found.cluster) == (key, there)
+
+
+def test_less_memory_than_the_most_and_other_orders_are_no_difference() -> None:
+    cluster = limited()
+    table: dict[str, Any] = tomllib.loads(profile_text(cluster))
+    table["partitions"]["spot"] |= {"memory_max": "3000MiB", "allowed_accounts": ["proj2", "proj1"]}
+    assert differences(Site.model_validate(table), cluster) == []
+
+
+def test_a_partition_that_jobs_do_not_name_is_not_compared() -> None:
+    table: dict[str, Any] = tomllib.loads(profile_text(live()))
+    table["partitions"]["any"] = {"hardware": "h200", "queue": "", "time_limit": "9d"}
+    assert differences(Site.model_validate(table), live()) == []
+
+
+def test_a_partition_for_tests_is_guessed_by_its_name() -> None:
+    assert "# debug_partition =" in profile_text(live())
+    named = {"partition": ("PartitionName=spot ", "PartitionName=gpu-devel "), "node": ("gpu,spot,", "gpu,gpu-devel,")}
+    text = profile_text(live(**named))
+    assert 'debug_partition = "gpu-devel"  # ? by its name' in text
+
+
 @pytest.mark.parametrize(
     ("key", "less", "more", "shown"),
     [
@@ -279,7 +407,7 @@ def test_check_names_differences_and_exits_with_1(pretended: Path, capsys: pytes
     assert main(["sites", "detect", "--output", "mine.toml"]) == 0
     mine = Path("mine.toml")
     mine.write_text(
-        mine.read_text().replace('kill_wait = "5s"', 'kill_wait = "1m"').replace("job_requeue = true\n", "")
+        mine.read_text().replace('kill_wait = "5s"', 'kill_wait = "1m"').replace("job_requeue = true", "# left out")
     )
     capsys.readouterr()
     assert main(["sites", "check", "mine.toml"]) == 1

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from cfe_hpc.config.layers import dotted
 from cfe_hpc.config.problems import toml_value
 from cfe_hpc.config.site import Partition, Preemption, Qos, Site
-from cfe_hpc.sites.detect import preemption_value, slurm_values
+from cfe_hpc.sites.detect import partition_values, preemption_value, qos_values, slurm_values
 from cfe_hpc.sites.live import Kind, LiveCluster, LivePartition
-from cfe_hpc.units import format_duration, format_size
+from cfe_hpc.units import format_duration, format_size, parse_size_bytes
 
 __all__ = ["Difference", "differences", "unstated"]
+
+# A feature in a constraint such as "h200&nvlink" or "[rack1|rack2]*4".
+_FEATURE = re.compile(r"(?<![\w.*-])[A-Za-z_][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +32,19 @@ class Difference:
 def differences(site: Site, cluster: LiveCluster) -> list[Difference]:
     """What the profile says that is not so, in its own order.
 
-    Keys that it leaves out are not compared. What limits a job (time, nodes, cores, memory, devices) differs only
-    where the profile allows more than the cluster: to allow less is a site's own choice.
+    Keys that it leaves out are not compared, nor are partitions that have no name in Slurm. What limits a job (time,
+    nodes, cores, memory, devices) differs only where the profile allows more than the cluster: to allow less is a
+    site's own choice.
     """
     live = {partition.name: partition for partition in cluster.partitions}
     found: list[Difference] = []
     for name, partition in site.partitions.items():
-        there = live.get(partition.queue or name)
-        key = dotted(("partitions", name))
+        key, queue = dotted(("partitions", name)), partition.queue_of(name)
+        there = live.get(queue)
+        if not queue:
+            continue
         if there is None:
-            found.append(Difference(key=key, profile=toml_value(partition.queue or name), cluster=None))
+            found.append(Difference(key=key, profile=toml_value(queue), cluster=None))
         else:
             found += _of_partition(key, site, partition, there, cluster)
     if cluster.qos is not None:
@@ -72,9 +79,47 @@ def _of_partition(
     yield from _of_preemption(f"{key}.preemption", partition.preemption, cluster.preemption(there))
     yield from _of_time(f"{key}.time_limit", partition.time_limit, there.time_limit_s)
     if partition.nodes_max is not None and partition.nodes_max > there.nodes_max:
-        yield _larger(f"{key}.nodes_max", partition.nodes_max, there.nodes_max)
+        yield _differs(f"{key}.nodes_max", partition.nodes_max, there.nodes_max)
+    if partition.nodes_min is not None and partition.nodes_min < there.nodes_min:
+        yield _differs(f"{key}.nodes_min", partition.nodes_min, there.nodes_min)
+    yield from _of_access(key, partition, there)
     if there.kinds:
-        yield from _of_hardware(site, partition.hardware, [kind for kind, _ in there.kinds])
+        kinds = [kind for kind, _ in there.kinds]
+        offered = {feature for kind in kinds for feature in cluster.features.get(kind, ())}
+        yield from _of_features(f"{key}.constraint", _FEATURE.findall(partition.constraint or ""), offered)
+        yield from _of_features(
+            f"{dotted(('hardware', partition.hardware))}.features",
+            site.hardware[partition.hardware].features,
+            offered,
+        )
+        yield from _of_hardware(site, partition.hardware, kinds)
+
+
+def _of_access(key: str, partition: Partition, there: LivePartition) -> Iterator[Difference]:
+    """Memory, sharing, and whose jobs start there, as far as the profile says so."""
+    is_so = partition_values(there)
+    for name in ("memory_default", "memory_per_core_default", "memory_max"):
+        stated = getattr(partition, name)
+        found = parse_size_bytes(is_so[name]) if name in is_so else None
+        less_may_be_stated = name == "memory_max" and (found is None or (stated or 0) < found)
+        if stated not in (None, found) and not less_may_be_stated:
+            cluster = None if found is None else toml_value(format_size(found))
+            yield Difference(key=f"{key}.{name}", profile=toml_value(format_size(stated)), cluster=cluster)
+    nothing: dict[str, Any] = {"exclusive": False, "allowed_accounts": [], "allowed_qos": [], "billing_weights": {}}
+    for name, otherwise in nothing.items():
+        stated, found_value = getattr(partition, name), is_so.get(name, otherwise)
+        if name in partition.model_fields_set and _unordered(stated) != _unordered(found_value):
+            yield Difference(key=f"{key}.{name}", profile=toml_value(stated), cluster=toml_value(found_value))
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _of_features(key: str, stated: Iterable[str], offered: set[str]) -> Iterator[Difference]:
+    for feature in stated:
+        if feature not in offered:
+            yield Difference(key=key, profile=toml_value(feature), cluster=None)
 
 
 def _of_hardware(site: Site, name: str, kinds: list[Kind]) -> Iterator[Difference]:
@@ -88,11 +133,11 @@ def _of_hardware(site: Site, name: str, kinds: list[Kind]) -> Iterator[Differenc
             yield Difference(key=f"{key}.gres", profile=toml_value(hardware.gres), cluster=cluster)
         kind = kinds[0]
     if asked is not None and hardware.devices_per_node > kind.devices:
-        yield _larger(f"{key}.devices_per_node", hardware.devices_per_node, kind.devices)
+        yield _differs(f"{key}.devices_per_node", hardware.devices_per_node, kind.devices)
     if hardware.cores_per_node > kind.cores:
-        yield _larger(f"{key}.cores_per_node", hardware.cores_per_node, kind.cores)
+        yield _differs(f"{key}.cores_per_node", hardware.cores_per_node, kind.cores)
     if hardware.memory > kind.memory_mib * 2**20:
-        yield _larger(f"{key}.memory", format_size(hardware.memory), format_size(kind.memory_mib * 2**20))
+        yield _differs(f"{key}.memory", format_size(hardware.memory), format_size(kind.memory_mib * 2**20))
 
 
 def _of_qos(name: str, qos: Qos, cluster: LiveCluster) -> Iterator[Difference]:
@@ -104,6 +149,15 @@ def _of_qos(name: str, qos: Qos, cluster: LiveCluster) -> Iterator[Difference]:
     if qos.preemption is not None and cluster.preempt_type == "qos":
         yield from _of_preemption(f"{key}.preemption", qos.preemption, cluster.qos_preemption(there))
     yield from _of_time(f"{key}.time_limit", qos.time_limit, there.time_limit_s)
+    is_so = qos_values(there)
+    for limit in ("nodes_max", "devices_max", "jobs_max", "submit_max"):
+        stated, found = getattr(qos, limit), is_so.get(limit)
+        if stated is not None and found is not None and stated > found:
+            yield _differs(f"{key}.{limit}", stated, found)
+    if qos.nodes_min is not None and qos.nodes_min < (there.nodes_min or 1):
+        yield _differs(f"{key}.nodes_min", qos.nodes_min, there.nodes_min)
+    if qos.cost_factor is not None and qos.cost_factor != there.cost_factor:
+        yield _differs(f"{key}.cost_factor", qos.cost_factor, there.cost_factor)
 
 
 def _of_preemption(key: str, stated: Preemption, found: Preemption) -> Iterator[Difference]:
@@ -117,8 +171,8 @@ def _of_preemption(key: str, stated: Preemption, found: Preemption) -> Iterator[
 
 def _of_time(key: str, stated_s: float | None, found_s: float | None) -> Iterator[Difference]:
     if stated_s is not None and found_s is not None and stated_s > found_s:
-        yield _larger(key, format_duration(stated_s), format_duration(found_s))
+        yield _differs(key, format_duration(stated_s), format_duration(found_s))
 
 
-def _larger(key: str, profile: Any, cluster: Any) -> Difference:
+def _differs(key: str, profile: Any, cluster: Any) -> Difference:
     return Difference(key=key, profile=toml_value(profile), cluster=toml_value(cluster))

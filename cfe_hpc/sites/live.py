@@ -19,10 +19,12 @@ __all__ = ["Kind", "LiveCluster", "LivePartition", "LiveQos", "Mode", "parse_clu
 Mode = Literal["off", "requeue", "cancel", "suspend"]
 
 _TIMEOUT_S = 60.0
-_QOS_FIELDS = "name,preempt,preemptmode,gracetime,maxwall"
+_QOS_FIELDS = "name,preempt,preemptmode,gracetime,maxwall,mintres,maxtres,maxjobspu,maxsubmitpu,usagefactor"
 
 _CONFIG_LINE = re.compile(r"^(\S[^=]*?)\s*= ?(.*?)\s*$")
 _CONFIG_DURATION = re.compile(r"(\d+) ?(sec|min|hours?|days?)?")
+_WEIGHT = re.compile(r"([^=]+)=(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)([KMGTP]?)", re.IGNORECASE)
+_GIB_IN = {"K": 2.0**20, "M": 2.0**10, "": 2.0**10, "G": 1.0, "T": 2.0**-10, "P": 2.0**-20}
 _UNIT_S = {"sec": 1.0, "min": 60.0, "hour": 3600.0, "hours": 3600.0, "day": 86_400.0, "days": 86_400.0}
 
 
@@ -47,7 +49,13 @@ class LivePartition:
 
     Attributes:
         open: jobs of plain users start there: it is up, and not root's alone.
-        nodes_max: most nodes of one job.
+        nodes_max: most nodes of one job; nodes_min the fewest.
+        exclusive: a job gets whole nodes.
+        memory_default_mib: of a node, for a job that asks for none; memory_per_core_default_mib: for each core of one.
+        memory_max_mib: most of a node that a job may ask for.
+        allowed_accounts: whose jobs start there, by account, and allowed_qos by QOS; None where all do.
+        billing_weights: by TRES in small letters; `mem` for each GiB.
+        needs_reservation: only jobs of a reservation start there.
         over_time_limit_s: its own OverTimeLimit; None where the cluster's holds, or there is none.
         kinds: its kinds of node and how many there are of each, the most frequent first.
     """
@@ -59,7 +67,16 @@ class LivePartition:
     grace_s: float
     time_limit_s: float | None
     default_time_s: float | None
+    nodes_min: int
     nodes_max: int
+    exclusive: bool
+    memory_default_mib: int | None
+    memory_per_core_default_mib: int | None
+    memory_max_mib: int | None
+    allowed_accounts: tuple[str, ...] | None
+    allowed_qos: tuple[str, ...] | None
+    billing_weights: Mapping[str, float]
+    needs_reservation: bool
     over_time_limit_s: float | None
     kinds: tuple[tuple[Kind, int], ...]
 
@@ -71,6 +88,9 @@ class LiveQos:
     Attributes:
         preempts: names of those whose jobs its own may preempt.
         mode: None where the cluster's holds.
+        nodes_min: fewest nodes of one job; nodes_max the most, devices_max the most devices; None without a limit.
+        jobs_max: most jobs of a user that run at a time; submit_max those in the queue as well.
+        cost_factor: what usage is multiplied by.
     """
 
     name: str
@@ -78,6 +98,12 @@ class LiveQos:
     mode: Mode | None
     grace_s: float
     time_limit_s: float | None
+    nodes_min: int | None
+    nodes_max: int | None
+    devices_max: int | None
+    jobs_max: int | None
+    submit_max: int | None
+    cost_factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +114,9 @@ class LiveCluster:
         preempt_type: "none", "partition_prio" or "qos".
         user_signal: a preempted job gets the signal of its own --signal instead of TERM.
         array_max: MaxArraySize: indices end one below.
+        billing_max: a job is billed for its dearest resource alone (MAX_TRES); None where nothing is weighted.
+        associations: jobs need an account that their user belongs to.
+        features: what nodes of a kind offer to --constraint, if only some of them.
         qos: None where sacctmgr gave no answer; `qos_refusal` says why.
     """
 
@@ -103,6 +132,9 @@ class LiveCluster:
     max_batch_requeue: int | None
     over_time_limit_s: float | None
     array_max: int
+    billing_max: bool | None
+    associations: bool
+    features: Mapping[Kind, tuple[str, ...]]
     partitions: tuple[LivePartition, ...]
     qos: tuple[LiveQos, ...] | None
     qos_refusal: str = ""
@@ -172,7 +204,9 @@ def parse_cluster(config: str, partitions: str, nodes: str, qos: str | None) -> 
     parameters = f"{said.get('SlurmctldParameters', '')},{said.get('PreemptParameters', '')}".split(",")
     children = said.get("SignalChildrenProcesses")
     batch_requeue = said.get("MaxBatchRequeue")
-    kinds = _kinds(nodes)
+    kinds, features = _kinds(nodes)
+    found = tuple(_partition(shown, kinds, said) for shown in _records(partitions))
+    weighted = any(partition.billing_weights for partition in found)
     return LiveCluster(
         name=said["ClusterName"],
         version=said["SLURM_VERSION"],
@@ -187,7 +221,10 @@ def parse_cluster(config: str, partitions: str, nodes: str, qos: str | None) -> 
         max_batch_requeue=None if batch_requeue is None else int(batch_requeue),
         over_time_limit_s=_config_duration_s(said.get("OverTimeLimit", "")),
         array_max=int(said["MaxArraySize"]),
-        partitions=tuple(_partition(said, kinds) for said in _records(partitions)),
+        billing_max="MAX_TRES" in said.get("PriorityFlags", "").split(",") if weighted else None,
+        associations="associations" in said.get("AccountingStorageEnforce", "").lower(),
+        features=features,
+        partitions=found,
         qos=None if qos is None else tuple(_qos(line) for line in qos.splitlines() if line.strip()),
     )
 
@@ -228,9 +265,14 @@ def _mode(text: str) -> Mode:
     return next((mode for mode in order if mode.upper() in words), "off")
 
 
-def _partition(said: Mapping[str, str], kinds: Mapping[str, Counter[Kind]]) -> LivePartition:
+def _partition(said: Mapping[str, str], kinds: Mapping[str, Counter[Kind]], config: Mapping[str, str]) -> LivePartition:
+    """A partition as it was shown; what it leaves open is the cluster's."""
     total, most = int(said["TotalNodes"]), said.get("MaxNodes", "UNLIMITED")
     over = said.get("OverTimeLimit", "NONE")
+    # One of the two, the partition's own or else the cluster's.
+    per_node, per_core = (_number(said.get(key)) for key in ("DefMemPerNode", "DefMemPerCPU"))
+    if per_node is None and per_core is None:
+        per_node, per_core = (_number(config.get(key)) for key in ("DefMemPerNode", "DefMemPerCPU"))
     return LivePartition(
         name=said["PartitionName"],
         default=said.get("Default") == "YES",
@@ -239,15 +281,51 @@ def _partition(said: Mapping[str, str], kinds: Mapping[str, Counter[Kind]]) -> L
         grace_s=float(said.get("GraceTime", "0")),
         time_limit_s=_limit_s(said.get("MaxTime")),
         default_time_s=_limit_s(said.get("DefaultTime")),
+        nodes_min=max(1, int(said.get("MinNodes", "0"))),
         nodes_max=min(total, int(most)) if most.isdigit() else total,
+        exclusive=said.get("OverSubscribe") == "EXCLUSIVE" or config.get("SelectType") == "select/linear",
+        memory_default_mib=per_node,
+        memory_per_core_default_mib=per_core,
+        memory_max_mib=_number(said.get("MaxMemPerNode"), config.get("MaxMemPerNode")),
+        allowed_accounts=_names(said.get("AllowAccounts", "ALL")),
+        allowed_qos=_names(said.get("AllowQos", "ALL")),
+        billing_weights=_weights(said.get("TRESBillingWeights", "")),
+        needs_reservation=said.get("ReqResv") == "YES",
         over_time_limit_s=60.0 * int(over) if over.isdigit() else None,
         kinds=tuple(kinds.get(said["PartitionName"], Counter()).most_common()),
     )
 
 
-def _kinds(nodes: str) -> dict[str, Counter[Kind]]:
-    """How many nodes of each kind a partition has, by its name."""
+def _number(*texts: str | None) -> int | None:
+    """The first of these that is a number: not UNLIMITED, not left out."""
+    return next((int(text) for text in texts if text is not None and text.isdigit()), None)
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    return None if text == "ALL" else tuple(filter(None, text.split(",")))
+
+
+def _weights(text: str) -> dict[str, float]:
+    """{"cpu": 1.0, "mem": 0.25} of "CPU=1.0,Mem=0.25G": memory is weighted for each MiB, or for the unit named."""
+    found: dict[str, float] = {}
+    for entry in text.split(","):
+        match = _WEIGHT.fullmatch(entry.strip())
+        if match:
+            name, weight = match[1].lower(), float(match[2])
+            found[name] = weight * _GIB_IN[match[3].upper()] if name == "mem" else weight
+    return found
+
+
+def _limit(text: str, tres: str) -> int | None:
+    """4 of "cpu=64,gres/gpu=8,node=4" for `node`; None where it limits no such thing."""
+    values = dict(entry.partition("=")[::2] for entry in text.split(","))
+    return int(values[tres]) if values.get(tres, "").isdigit() else None
+
+
+def _kinds(nodes: str) -> tuple[dict[str, Counter[Kind]], dict[Kind, tuple[str, ...]]]:
+    """How many nodes of each kind a partition has, by its name; and the features that nodes of a kind have."""
     found: dict[str, Counter[Kind]] = {}
+    features: dict[Kind, dict[str, None]] = {}
     for said in _records(nodes):
         gres, devices = _gres(said.get("Gres", ""))
         kind = Kind(
@@ -257,9 +335,11 @@ def _kinds(nodes: str) -> dict[str, Counter[Kind]]:
             cores=int(said.get("CPUEfctv", said["CPUTot"])),
             memory_mib=int(said["RealMemory"]) - int(said.get("MemSpecLimit", "0")),
         )
+        offered = said.get("AvailableFeatures", "(null)")
+        features.setdefault(kind, {}).update(dict.fromkeys(() if offered == "(null)" else offered.split(",")))
         for partition in filter(None, said.get("Partitions", "").split(",")):
             found.setdefault(partition, Counter())[kind] += 1
-    return found
+    return found, {kind: tuple(names) for kind, names in features.items()}
 
 
 def _gres(text: str) -> tuple[str | None, int]:
@@ -274,11 +354,17 @@ def _gres(text: str) -> tuple[str | None, int]:
 
 
 def _qos(line: str) -> LiveQos:
-    name, preempts, mode, grace, wall = line.rsplit("|", 4)
+    name, preempts, mode, grace, wall, least, most, jobs, submit, factor = line.rsplit("|", 9)
     return LiveQos(
         name=name,
         preempts=frozenset(filter(None, preempts.split(","))),
         mode=None if mode.lower() in ("", "cluster") else _mode(mode),
         grace_s=_limit_s(grace) or 0.0,
         time_limit_s=_limit_s(wall),
+        nodes_min=_limit(least, "node"),
+        nodes_max=_limit(most, "node"),
+        devices_max=_limit(most, "gres/gpu"),
+        jobs_max=_number(jobs),
+        submit_max=_number(submit),
+        cost_factor=float(factor or 1),
     )
