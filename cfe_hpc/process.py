@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +12,10 @@ from pathlib import Path
 
 from cfe_hpc.errors import CfeError
 
-__all__ = ["CommandError", "Completed", "run", "start_ticks"]
+__all__ = ["RELAYED", "CommandError", "Completed", "run", "start_ticks"]
+
+RELAYED = frozenset({"sacct", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "sstat"})
+"""Slurm's commands: run outside of a container where CFE_RELAY says who does it (`ranks.relay`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,25 @@ def run(
         CommandError: it could not be started, ran too long, or (with check) exited with another status than 0.
     """
     shown = " ".join(argv[:4]) + (" …" if len(argv) > 4 else "")
+    relay = os.environ.get("CFE_RELAY") if argv[0] in RELAYED else None
+    if relay is not None:
+        completed = _relayed(relay, argv, timeout_s, stdin, env)
+    else:
+        completed = _run(argv, shown, timeout_s, stdin, cwd, env)
+    if check and completed.returncode != 0:
+        said = (completed.stderr.strip() or completed.stdout.strip() or "it printed nothing").splitlines()[-1]
+        raise CommandError(f"`{shown}` failed with exit status {completed.returncode}: {said}", completed)
+    return completed
+
+
+def _run(
+    argv: Sequence[str],
+    shown: str,
+    timeout_s: float,
+    stdin: str | None,
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+) -> Completed:
     try:
         done = subprocess.run(
             list(argv),
@@ -70,11 +95,29 @@ def run(
         raise CommandError(f"{argv[0]}: cannot be started ({error.strerror})") from error
     except subprocess.TimeoutExpired as error:
         raise CommandError(f"`{shown}` gave no answer within {timeout_s:g} s") from error
-    completed = Completed(argv=tuple(argv), returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
-    if check and done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
-        raise CommandError(f"`{shown}` failed with exit status {done.returncode}: {said}", completed)
-    return completed
+    return Completed(argv=tuple(argv), returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+
+def _relayed(
+    relay: str, argv: Sequence[str], timeout_s: float, stdin: str | None, env: Mapping[str, str] | None
+) -> Completed:
+    """Have it run outside of the container. Of `env` the number of the attempt counts there, and nothing else."""
+    port, _, token = relay.partition(":")
+    base = None if env is None else env.get("CFE_ATTEMPT_BASE", "0")
+    asked = {"token": token, "argv": list(argv), "timeout_s": timeout_s, "stdin": stdin, "attempt_base": base}
+    try:
+        with socket.create_connection(("127.0.0.1", int(port)), timeout=timeout_s + 5.0) as connection:
+            connection.sendall(json.dumps(asked).encode() + b"\n")
+            with connection.makefile("rb") as stream:
+                answer = json.loads(stream.readline())
+    except (OSError, ValueError) as error:
+        what = f"{argv[0]}: cannot be asked for outside of the container ({error}); is this rank 0's node?"
+        raise CommandError(what) from error
+    if "error" in answer:
+        raise CommandError(str(answer["error"]))
+    return Completed(
+        argv=tuple(argv), returncode=answer["returncode"], stdout=answer["stdout"], stderr=answer["stderr"]
+    )
 
 
 def start_ticks(pid: int) -> int | None:

@@ -48,6 +48,8 @@ INTERNAL = frozenset(
         "CFE_PUSHGATEWAY_PASSWORD_FILE",
         "CFE_PUSHGATEWAY_USER",
         "CFE_RANK",
+        "CFE_RELAY",
+        "CFE_RELAY_PID",
         "CFE_RESTART",
         "CFE_RUN_DIR",
         "CFE_SCHEDULER",

@@ -12,6 +12,7 @@ from pathlib import Path
 import cfe_hpc
 from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.run import RunSpec
+from cfe_hpc.launch.container import container_checks
 from cfe_hpc.launch.interpreter import environment_folder
 
 __all__ = ["VERIFY", "VERIFYING", "preparation", "refusal", "verification"]
@@ -110,7 +111,7 @@ def verification(spec: RunSpec) -> list[str]:
         # `command -v` takes paths and names.
         there = f'-x "$(command -v {shlex.quote(provenance.python)})"'
         lines += [_unless(there, what, "name one that every node sees")]
-    return [*lines, f"{VERIFY}={shlex.quote(_verifier(spec))}"]
+    return [*lines, *container_checks(spec), f"{VERIFY}={shlex.quote(_verifier(spec))}"]
 
 
 def _unless(test: str, what: str, remedy: str) -> str:

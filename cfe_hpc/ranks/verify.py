@@ -7,7 +7,7 @@ import sys
 import time
 
 
-def verify(start: str, names: list) -> None:
+def verify(start: str, names: list[str]) -> None:
     """Exit with 78, and say why, unless all packages are to be had. A task of Slurm writes it down for the run, too."""
     sys.path.insert(0, start)
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -1,0 +1,133 @@
+"""The ranks' container: what is looked for on the node, options of srun, and words before those of a task."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import cfe_hpc
+from cfe_hpc.config.node_environment import expand_path, mount_parts
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["contained", "container_checks", "srun_options"]
+
+# Enroot hands on no variable of the host's that it is not told of; these are the image's own.
+_ENROOT = (
+    'args=(); for name in $(compgen -e); do case "$name" in PATH|LD_LIBRARY_PATH|HOME|SHELL|PWD|OLDPWD|SHLVL|_) ;; '
+    '*) args+=(--env "$name") ;; esac; done; exec enroot start "${args[@]}" "$@"'
+)
+
+# srun starts tasks in the run folder; Enroot starts a command where the image says.
+_THERE = 'cd -- "$CFE_RUN_DIR" && exec "$@"'
+
+
+def container_checks(spec: RunSpec) -> list[str]:
+    """Lines that end the run unless the node has the container's program, and its image where that is a file;
+    `cfe_refuse` is defined by then.
+
+    Raises:
+        ConfigError: the image names a variable that is not set; pyxis where there is no srun.
+    """
+    kind = spec.job.environment.container.kind
+    if kind == "none":
+        return []
+    file = _file(spec, "kind")
+    if kind == "pyxis" and spec.site.scheduler != "slurm":
+        remedy = 'use "enroot" or "apptainer" there'
+        what = "is a plugin of Slurm's, and this site has none"
+        raise ConfigError([Problem(file=file, key="environment.container.kind", what=what, value=kind, remedy=remedy)])
+    there = {
+        "apptainer": 'cfe_container="$(command -v apptainer || command -v singularity)"',
+        "pyxis": "srun --help 2>&1 | grep -q -e --container-image",
+        "enroot": "command -v enroot >/dev/null",
+    }[kind]
+    lines = [
+        _refusing(there, f"{file}: environment.container.kind: there is no {kind} on", f"ask your site for {kind}")
+    ]
+    image = _image(spec)
+    if image.startswith(("/", ".")):
+        what = f"{_file(spec, 'image')}: environment.container.image: {image} is not there on"
+        lines.append(_refusing(f"[ -e {shlex.quote(image)} ]", what, "name one that every node sees"))
+    return lines
+
+
+def srun_options(spec: RunSpec, folder: RunFolder) -> str:
+    """What srun itself is told of the container, beginning with a space; nothing unless it is pyxis's."""
+    container = spec.job.environment.container
+    if container.kind != "pyxis":
+        return ""
+    mounts = [":".join(filter(None, mount)) for mount in _mounts(spec, folder)]
+    words = [f"--container-image={_image(spec)}", f"--container-mounts={','.join(mounts)}"]
+    # A node's ranks share one container, in which each of them sees the others' memory.
+    words += [f"--container-workdir={folder.path}", *container.options]
+    return f" {shlex.join(words)}"
+
+
+def contained(spec: RunSpec, folder: RunFolder, words: str) -> str:
+    """Shell words that run `words`, shell words themselves, in the container; `words` where there is none, or srun
+    makes it."""
+    container = spec.job.environment.container
+    if container.kind in ("none", "pyxis"):
+        return words
+    mounts = _mounts(spec, folder)
+    if container.kind == "apptainer":
+        devices = {"cuda": ["--nv"], "hpu": [], "cpu": []}[spec.plan.accelerator]
+        options = [*devices, *(f"--bind={':'.join(filter(None, mount))}" for mount in mounts), *container.options]
+        # Not as a word: for tasks of a sweep the shell knows it.
+        return f'"$cfe_container" exec --pwd "$CFE_RUN_DIR" {shlex.join([*options, _image(spec)])} {words}'
+    options = [f"--mount={source}:{target}:x-create=auto,{_enroot_flags(flags)}" for source, target, flags in mounts]
+    start = shlex.join(["bash", "-c", _ENROOT, "bash", "--rw", *options, *container.options, _image(spec)])
+    return f"{start} {shlex.join(['sh', '-c', _THERE, 'sh'])} {words}"
+
+
+def _enroot_flags(flags: str) -> str:
+    return ",".join(filter(None, ["rbind", *flags.split("+")]))
+
+
+def _image(spec: RunSpec) -> str:
+    container = spec.job.environment.container
+    assert container.image is not None  # environment_problems asks for one
+    image = expand_path(container.image, os.environ, file=_file(spec, "image"), key="environment.container.image")
+    return str(Path(image).absolute()) if image.startswith(".") else image
+
+
+def _mounts(spec: RunSpec, folder: RunFolder) -> list[tuple[str, str, str]]:
+    """(source, target, flags) of what ranks see: runs, code and this package under their own names, then the user's.
+
+    Raises:
+        ConfigError: one's path holds what separates the parts of a mount.
+    """
+    provenance, file = spec.provenance, _file(spec, "mounts")
+    own = [str(folder.path.parent.parent), provenance.workdir, provenance.work_tree or "", _package(provenance.python)]
+    stated: list[tuple[str, str, str]] = []
+    for index, mount in enumerate(spec.job.environment.container.mounts):
+        source, target, flags = mount_parts(mount)
+        key = f"environment.container.mounts[{index}]"
+        expanded = os.path.abspath(expand_path(source, os.environ, file=file, key=key))
+        stated.append((expanded, expanded if target == source else target, flags))
+    mounts = [(path, path, "") for path in dict.fromkeys(own) if path] + stated
+    for source, _, _ in mounts:
+        if re.search(r"[:,\n]", source):
+            what, remedy = "holds a sign that no mount can have (: or ,)", "rename the folder"
+            key = "environment.container.mounts"
+            raise ConfigError([Problem(file=file, key=key, what=what, value=source, remedy=remedy)])
+    return mounts
+
+
+def _package(python: str) -> str:
+    """The folder that cfe_hpc is imported from, where PYTHONPATH names it; "" where the image has its own."""
+    parent = Path(cfe_hpc.__file__).resolve().parent.parent
+    return "" if "site-packages" in parent.parts else str(parent)
+
+
+def _file(spec: RunSpec, key: str) -> str:
+    origin = spec.origins.get(f"job.environment.container.{key}", "default")
+    return spec.provenance.job_file if origin == "default" else origin
+
+
+def _refusing(test: str, what: str, remedy: str) -> str:
+    return f"""{test} || cfe_refuse {shlex.quote(what + " ")}"$(uname -n)"{shlex.quote("; " + remedy)}"""
