@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from cfe_hpc.errors import CfeError, ConfigError, ImpossibleError
 
@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "debug": ("debug", "a job's first rank in this terminal, under the debugger or as a shell"),
     "drill": ("drill", "send a run the signals of a preemption, and see whether it survives"),
     "checkpoints": ("checkpoints", "list, verify, compare, prune, pin and export a run's checkpoints"),
+    "gc": ("gc", "clean up: plan what old runs may go, and remove it"),
     "data": ("data", "build and check token files"),
     "sites": ("sites", "list and show site profiles, compare one with the cluster, write one"),
     "config": ("config", "show a job as resolved, and where each value came from"),
@@ -50,7 +51,39 @@ class _Parser(argparse.ArgumentParser):
     """argparse's, telling mistakes in one line, as every other error is told."""
 
     def error(self, message: str) -> NoReturn:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown:
+            message = self._unknown(words)
         self.exit(2, f"error: {self.prog}: {message}; see `{self.prog} --help`\n")
+
+    def _unknown(self, words: str) -> str:
+        option = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), None)
+        if option is None:
+            return f"more words than it takes ({words})"
+        return f"no such option ({option}){_did_you_mean(option, _options(self))}"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = _did_you_mean(str(value), choices)
+            raise argparse.ArgumentError(action, f"no such choice ({value}){near}; there are {', '.join(choices)}")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser, and of its actions."""
+    options: list[str] = []
+    for action in parser._actions:
+        options += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            options += [option for sub in action.choices.values() for option in _options(sub)]
+    return options
+
+
+def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    from cfe_hpc.config.nearest import nearest  # late: only mistakes need it
+
+    near = nearest(wrong, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _overview() -> str:
@@ -85,11 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cfe-hpc {__version__}")
         return 0
     if words[0] not in VERBS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(words[0], VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see cfe-hpc --help"
-        print(f"error: cfe-hpc: no such verb ({words[0]}); {hint}", file=sys.stderr)
+        hint = _did_you_mean(words[0], list(VERBS)) or "; see `cfe-hpc --help`"
+        print(f"error: cfe-hpc: no such verb ({words[0]}){hint}", file=sys.stderr)
         return 2
     verb: Verb = import_module(f"cfe_hpc.cli.{VERBS[words[0]][0]}")
     parser = _Parser(prog=f"cfe-hpc {words[0]}", allow_abbrev=False)
