@@ -89,13 +89,27 @@ def _quietly(names: Names) -> Callable[..., list[str]]:
 def _jobs(prefix: str, args: argparse.Namespace) -> Iterable[str]:
     from cfe_hpc.config import shipped
 
-    return shipped.available("jobs")
+    return [*shipped.available("jobs"), *_toml_files(prefix)]
 
 
 def _sites(prefix: str, args: argparse.Namespace) -> Iterable[str]:
     from cfe_hpc.config import shipped
 
-    return shipped.available("site_configs")
+    return [*shipped.available("site_configs"), *_toml_files(prefix)]
+
+
+def _toml_files(prefix: str) -> Iterator[str]:
+    """TOML files, and folders on the way to them: a shell that gets no answer does not offer files by itself in zsh."""
+    folder, name = os.path.split(prefix)
+    with os.scandir(folder or ".") as entries:
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith(".") and not name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield f"{path}/"
+            elif entry.name.endswith(".toml"):
+                yield path
 
 
 def _runs(prefix: str, args: argparse.Namespace) -> Iterable[str]:

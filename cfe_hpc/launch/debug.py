@@ -17,10 +17,11 @@ from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.backend import backend_for
+from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.localranks import place_variables
 from cfe_hpc.launch.plan import plan
-from cfe_hpc.launch.script import prologue
+from cfe_hpc.launch.script import exports, imports, prologue
 from cfe_hpc.process import start_ticks
 from cfe_hpc.ranks.child import die_with_parent
 from cfe_hpc.ranks.debugging import OVER
@@ -54,7 +55,10 @@ def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
     # Whoever looks at a rank in the debugger stops them all: that is no hang.
     recovery = loaded.job.recovery.model_copy(update={"hang_after": 0.0})
     smallest = resources.model_copy(update={"nodes": 1, "time": None})
-    job = loaded.job.model_copy(update={"launch": launch, "recovery": recovery, "resources": smallest})
+    # The code as it is: whoever debugs changes it, and starts again.
+    snapshot = loaded.job.snapshot.model_copy(update={"mode": "off"})
+    changed = {"launch": launch, "recovery": recovery, "snapshot": snapshot, "resources": smallest}
+    job = loaded.job.model_copy(update=changed)
     planned = plan(job, site, loaded.origins)
     name = planned.partition
     if site.debug_partition is not None and loaded.origins.get("job.resources.partition") != "--set":
@@ -78,20 +82,23 @@ def debug_plan(loaded: Loaded) -> Plan:
 
 def session_script(spec: RunSpec, folder: RunFolder, *, shell: bool) -> str:
     """The script of each rank of the session: the job's environment, then the rank."""
-    rank = [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks.debugging", str(folder.path)]
-    return _script(spec, folder, [*rank, *(["--shell"] if shell else [])])
-
-
-def _script(spec: RunSpec, folder: RunFolder, words: Sequence[str]) -> str:
-    lines = [
-        "#!/bin/bash",
+    words = [spec.provenance.python, "-u", "-m", "cfe_hpc.ranks.debugging", str(folder.path)]
+    rank = contained(spec, folder, shlex.join([*words, *(["--shell"] if shell else [])]))
+    if spec.job.environment.container.kind == "pyxis":  # the script itself runs inside: modules are the node's
+        lines = [f"export CFE_RUN_DIR={shlex.quote(str(folder.path))}", *imports(spec), *exports(spec)]
+    else:
+        lines = prologue(spec, folder)
+    return _script(
         'export CFE_ALLOCATED_S="$(date +%s.%N)"',
-        *prologue(spec, folder),
+        *lines,
         "export CFE_SCHEDULER=none",  # nobody requeues a session
-        f"cd -- {shlex.quote(spec.provenance.workdir)} || exit 1",
-        f"exec {shlex.join(words)}",
-    ]
-    return "\n".join([*lines, ""])
+        f"cd -- {shlex.quote(spec.provenance.start_folder)} || exit 1",
+        f"exec {rank}",
+    )
+
+
+def _script(*lines: str) -> str:
+    return "\n".join(["#!/bin/bash", *lines, ""])
 
 
 def session_argv(spec: RunSpec, folder: RunFolder) -> list[str]:
@@ -118,7 +125,7 @@ def session_argv(spec: RunSpec, folder: RunFolder) -> list[str]:
         "wait": 0,  # another rank that has ended must not end the session
     }
     stated = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return ["srun", "--pty", *stated, *plan.options, *script]
+    return ["srun", "--pty", *stated, *plan.options, *shlex.split(srun_options(spec, folder)), *script]
 
 
 def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
@@ -139,7 +146,7 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
     with _other_ranks(spec, folder, {} if by_slurm else environment):
         own = {} if by_slurm else _local_environment(spec, 0)
         code = _in_terminal(argv, {**environment, **own})
-    if latest_job(folder) is None:
+    if latest_job(folder) is None and folder.result() is None:
         shutil.rmtree(folder.path, ignore_errors=True)
         raise SchedulerError(f"srun: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`")
     if folder.result() is None:
@@ -220,7 +227,9 @@ def attachment(folder: RunFolder, rank: int) -> Attached:
         UsageError: the run does not run, or has no such rank.
         SchedulerError: the scheduler gives no answer.
     """
-    spec, job = RunSpec.read(folder.run_toml), latest_job(folder)
+    spec, job, result = RunSpec.read(folder.run_toml), latest_job(folder), folder.result()
+    if result is not None:
+        raise UsageError(f"{folder.run_id}: has ended ({result.get('state')}); see `cfe-hpc logs {folder.run_id}`")
     known = None if job is None else backend_for(str(job["scheduler"])).states([job]).get(str(job["job_id"]))
     if job is None or known is None or known.state != "RUNNING":
         told = "no job" if known is None else f"{known.state}{known.reason and ', '}{known.reason}"
@@ -229,8 +238,9 @@ def attachment(folder: RunFolder, rank: int) -> Attached:
         raise UsageError(
             f"--rank: {folder.run_id} has ranks 0 to {spec.plan.world_size - 1} ({rank}); give one of them"
         )
-    words = [spec.provenance.python, "-m", "cfe_hpc.ranks.attaching", str(folder.path), "--rank", str(rank)]
-    shell = ["bash", "-c", _script(spec, folder, words)]
+    words = [spec.provenance.batch_python, "-m", "cfe_hpc.ranks.attaching", str(folder.path), "--rank", str(rank)]
+    # Nothing is prepared or verified: the rank that runs has its environment, and its run must not be told a failure.
+    shell = ["bash", "-c", _script(*imports(spec), f"exec {shlex.join(words)}")]
     if job["scheduler"] != "slurm":
         return Attached(argv=tuple(shell), node=str(job["host"]))
     nodes = expand(known.nodes)

@@ -87,6 +87,8 @@ def _attach(folder: RunFolder, rank: int) -> int:
         raise RunFailed(f"{folder.run_id}: rank {rank} has no process on this node; look into `cfe-hpc logs` for it")
     os.chdir(spec.provenance.start_folder)
     environment = {**os.environ, **rank_variables(process.facts), **process.environment, _ATTACHED: "1"}
+    if spec.job.environment.container.kind != "none":  # its programs are not out here
+        environment.update({name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ})
     print(f"cfe_hpc: rank {rank} of {process.facts.world_size} is process {process.pid} here", file=sys.stderr)
     for line in _advice(process.pid):
         print(f"cfe_hpc: {line}", file=sys.stderr)

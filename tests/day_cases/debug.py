@@ -1,0 +1,78 @@
+"""`debug` on nodes of a cluster, driven in a terminal: pdb, a shell, and a shell beside a rank that runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from spine.harness import site_file, write_job
+from spine.stage import Stage, assert_counted
+from dialogue import dialogue, ended
+
+PDB = "(Pdb) "
+PROMPT = "$ "
+
+
+def job(stage: Stage, **tables: Any) -> str:
+    """A job of two nodes that counts, and would run for long."""
+    resources = {"nodes": 2, "devices_per_node": 1, "cpus_per_device": 1, "time": "12h", "partition": "spot"}
+    params = {"steps": 6, "pause_s": 0.0, "variant": "a"}
+    tables = {"name": "look", "entry": "entries:counting", "resources": resources, "params": params, **tables}
+    return str(write_job(stage.folder, **{key: value for key, value in tables.items() if value is not None}))
+
+
+def pdb_holds_the_first_of_two_ranks_in_the_debug_partition(stage: Stage) -> None:
+    profile = site_file(stage.folder, debug_partition="gpu")
+    with dialogue(
+        "debug", job(stage), "--site", profile, "--ranks", "2", cwd=stage.folder, env=stage.cluster.env
+    ) as shown:
+        shown.expect_exact("2 nodes of gpu")
+        shown.expect_exact(PDB)
+        shown.sendline("run.rank, run.world_size, __import__('os').environ['SLURM_JOB_PARTITION']")
+        shown.expect_exact("(0, 2, 'gpu')")
+        shown.expect_exact(PDB)
+        shown.sendline("n")
+        shown.expect_exact(PDB)
+        shown.sendline("c")
+        assert ended(shown) == 0
+    (status,) = json.loads(stage.cfe("status", "--json").stdout)
+    assert (status["state"], status["step"]) == ("COMPLETED", 6)
+
+
+def a_shell_starts_the_job_as_often_as_one_likes(stage: Stage) -> None:
+    command = ["bash", "-c", 'echo "rank $RANK of $WORLD_SIZE, greeting $GREETING"']
+    path = job(stage, entry=None, command=command, launch={"environment": {"GREETING": "it's me"}})
+    with dialogue(
+        "debug", path, "--site", site_file(stage.folder), "--shell", cwd=stage.folder, env=stage.cluster.env
+    ) as shown:
+        for _ in range(2):
+            shown.expect_exact(PROMPT)
+            shown.sendline("bash -c 'echo \"rank $RANK of $WORLD_SIZE, $GREETING\"'")
+            shown.expect_exact("rank 0 of 1, it's me")
+        shown.expect_exact(PROMPT)
+        shown.sendline("exit")
+        assert ended(shown) == 0
+    (status,) = json.loads(stage.cfe("status", "--json").stdout)
+    assert (status["state"], status["reason"]) == ("CANCELLED", "the debug session has ended")
+
+
+def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
+    run = stage.submit("gpu", nodes=2)
+    run.wait_step(1, attempt=0)
+    with dialogue("debug", "--attach", run.run_id, "--rank", "1", cwd=stage.folder, env=stage.cluster.env) as shown:
+        shown.expect_exact(PROMPT)
+        shown.sendline('echo "in $SLURM_JOB_ID: $RANK of $WORLD_SIZE, $CFE_RUN_DIR"')
+        shown.expect_exact(f"in {run.job_id}: 1 of 2, {run.folder.path}")
+        shown.expect_exact(PROMPT)
+        shown.sendline("exit")
+        assert ended(shown) == 0
+    assert_counted(run, attempts=1)
+    refused = stage.cfe("debug", "--attach", run.run_id, "--dry-run", status=2)
+    assert f"error: {run.run_id}: has ended (COMPLETED)" in refused.stderr
+
+
+CASES = [
+    pdb_holds_the_first_of_two_ranks_in_the_debug_partition,
+    a_shell_starts_the_job_as_often_as_one_likes,
+    a_shell_beside_a_running_rank_leaves_it_alone,
+]
