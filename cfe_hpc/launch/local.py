@@ -13,6 +13,7 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.config.tasks import Tasks
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.container import contained
 from cfe_hpc.launch.dependencies import awaited, note_dependent
 from cfe_hpc.launch.preparation import VERIFY
 from cfe_hpc.launch.script import prologue
@@ -84,13 +85,17 @@ class LocalBackend:
         supervisor = [spec.provenance.batch_python, "-m", f"cfe_hpc.launch.{module}", str(folder.path)]
         supervisor += [f"--after={each.path}" for each in after]
         supervisor += ["--", *self._rank_command] if self._rank_command else []
+        words = shlex.join(supervisor)
+        if spec.job.environment.container.kind != "none" and spec.job.sweep is None:
+            words += f" -- {contained(spec, folder, f'{python} -u -m cfe_hpc.ranks {shlex.quote(str(folder.path))}')}"
+        look = contained(spec, folder, f'{python} -c "${VERIFY}"')
         return "\n".join(
             [
                 "#!/bin/bash",
                 *prologue(spec, folder),
-                f'why="$({python} -c "${VERIFY}" 2>&1)" || cfe_refuse "${{why#error: }}"',
+                f'why="$({look} 2>&1)" || cfe_refuse "${{why#error: }}"',
                 f"cd -- {shlex.quote(spec.provenance.start_folder)} || exit 1",
-                f"exec {shlex.join(supervisor)}",
+                f"exec {words}",
                 "",
             ]
         )

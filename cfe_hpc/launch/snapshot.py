@@ -107,6 +107,7 @@ def take(loaded: Loaded, work_tree: WorkTree, runs_root: Path, *, told: Told | N
         except OSError as error:
             raise ConfigError([_unwritable(loaded, folder, error)]) from error
         return Packed(folder=folder, new=True, secrets=tuple(left_out))
+    assert listing is not None  # there was one
     what, remedy = "changes while it is copied", "wait until it is left alone, or submit with --no-snapshot"
     raise ConfigError([Problem(file=str(listing.top), key="", what=what, remedy=remedy)])
 
