@@ -237,7 +237,8 @@ class RunFolder:
 
     def reopen(self) -> None:
         """Take back what an earlier attempt said of the run's end: an attempt begins, so it has not ended."""
-        self.result_path.unlink(missing_ok=True)
+        for folder in {self.path, self.top.path}:  # a task of a sweep: its sweep has not ended either
+            RunFolder(folder).result_path.unlink(missing_ok=True)
         (self.control / "held").unlink(missing_ok=True)
         lay_up(self._spares, _SPARE_BYTES)
 

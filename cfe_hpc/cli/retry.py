@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def select(tasks: Sequence[TaskStatus], args: argparse.Namespace) -> list[TaskStatus]:
     """The tasks that the options mean."""
     all_bad = args.failed or not (args.timed_out or args.node_failed or args.cancelled)
-    causes = ("time_limit",) if args.timed_out else ()
+    causes: tuple[str, ...] = ("time_limit",) if args.timed_out else ()
     causes += ("node_failure", "node_unfit") if args.node_failed else ()
     return [
         task

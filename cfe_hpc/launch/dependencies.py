@@ -51,6 +51,11 @@ def dependency(upstream: Sequence[RunFolder]) -> list[str]:
 
 
 def _job_id(folder: RunFolder) -> str:
+    """What Slurm knows the run's end by: its newest job; of a sweep all its arrays, with ":" between them."""
+    if folder.is_sweep:
+        from cfe_hpc.launch.sweep import jobs_to_await  # late: most runs are none
+
+        return ":".join(jobs_to_await(folder))
     job = latest_job(folder)
     if job is None or job.get("scheduler") != "slurm":
         raise UsageError(f"--after: {folder.run_id}: is no Slurm job; submit without --after")
@@ -66,6 +71,8 @@ def keep_up(upstream: Sequence[RunFolder], options: Sequence[str]) -> None:
     Raises:
         SchedulerError: Slurm refused.
     """
+    if any(folder.is_sweep for folder in upstream):  # its tasks' successors are dealt with by those who send them
+        return
     for folder, before in zip(upstream, options[0].partition(":")[2].split(":") if options else (), strict=False):
         with contextlib.suppress(UsageError):
             now = _job_id(folder)

@@ -26,7 +26,6 @@ from cfe_hpc.ranks.epilogue import close_failed_attempt, note_end
 from cfe_hpc.recovery.attempts import KILLED
 from cfe_hpc.recovery.evidence import oom_kills
 from cfe_hpc.recovery.result import close_books, write_result
-from cfe_hpc.recovery.sweep_result import result_of
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Attempt", "main", "supervise", "wait_for"]
@@ -194,7 +193,7 @@ def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attemp
 
 def wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> str | None:
     """Wait until the run `after` has ended; why this one cannot start, or None when it can."""
-    while (result := result_of(after)) is None and folder.promised("cancel") is None:
+    while (result := after.result()) is None and folder.promised("cancel") is None:
         signal.sigtimedwait(_WAITED_FOR, poll_s)
     if folder.promised("cancel") is not None:
         return "cancelled by the user"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import SchedulerError
+from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.backend import Backend, backend_for
 from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job
 from cfe_hpc.launch.states import JobState
+from cfe_hpc.ranks.array_states import unranged
 from cfe_hpc.ranks.jobrecords import record, records, unused_attempt
 from cfe_hpc.recovery.result import write_result
+from cfe_hpc.recovery.sweep_result import settle
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Retried", "cancel_sweep", "retry_tasks", "save_tasks"]
+__all__ = ["Retried", "cancel_sweep", "jobs_to_await", "retry_tasks", "save_tasks"]
 
 _OVER = ("COMPLETED", "FAILED", "CANCELLED")
 
@@ -43,6 +46,7 @@ def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
     backend = backend_for(spec.site.scheduler)
     undo = [_reopened(sweep.task(number)) for number in numbers]
     undo.append(_taken_back(sweep, "cancel"))
+    sweep.result_path.unlink(missing_ok=True)
     try:
         job_ids = backend.submit_tasks(spec, sweep, numbers)
     except SchedulerError:
@@ -101,10 +105,34 @@ def _note_again(sweep: RunFolder, task: RunFolder, job_ids: Sequence[str]) -> No
     task.append_event("requeued", attempt=attempt, reason="requeue_requested", detail=f"as job {job_id}")
 
 
-def _has(job: dict[str, object], number: int) -> bool:
-    from cfe_hpc.ranks.array_states import unranged
-
+def _has(job: dict[str, Any], number: int) -> bool:
     return number in unranged(str(job.get("tasks", "")))
+
+
+def jobs_to_await(sweep: RunFolder) -> list[str]:
+    """What Slurm knows the end of the sweep by: its arrays; tasks one by one of an array of which some were sent again,
+    or where a task that is preempted goes on in a job of its own.
+
+    Raises:
+        UsageError: it is no sweep of Slurm's, or a task has ended otherwise than well.
+    """
+    newest: dict[int, dict[str, Any]] = {}
+    for job in all_jobs(sweep):
+        if job.get("scheduler") != "slurm":
+            raise UsageError(f"--after: {sweep.run_id}: is no sweep of Slurm's; submit without --after")
+        newest.update((number, job) for number in unranged(str(job["tasks"])))
+    one_by_one = RunSpec.read(sweep.run_toml).plan.preemption.mode == "cancel"
+    found: dict[str, None] = {}
+    for number, job in newest.items():
+        array, task = str(job["job_id"]), sweep.task(number)
+        state = (task.result() or {}).get("state")
+        if state not in (None, "COMPLETED"):
+            raise UsageError(f"--after: {task.run_id}: ended {state}; give `cfe-hpc retry {sweep.run_id}` first")
+        whole = not one_by_one and all(newest[each] is job for each in unranged(str(job["tasks"])))
+        if whole or state is None:
+            own = latest_job(task)
+            found[array if whole else str(own["job_id"]) if own else f"{array}_{number - int(job['offset'])}"] = None
+    return list(found)
 
 
 def cancel_sweep(sweep: RunFolder) -> int:
@@ -126,6 +154,7 @@ def cancel_sweep(sweep: RunFolder) -> int:
     known = _known(backend, [sweep, *open_tasks])
     for job in _live(sweep, known) + [job for task in open_tasks for job in _live(task, known, but=sweep)]:
         backend.cancel(job)
+    sweep.append_event("cancelled", attempt=None, reason="cancelled by the user")
     for task in open_tasks:
         attempt = latest_attempt(task)
         training = attempt is not None and task.promised(f"requeued-{attempt}") is None
@@ -133,6 +162,7 @@ def cancel_sweep(sweep: RunFolder) -> int:
             task.append_event("cancelled", attempt=attempt, reason="cancelled while no attempt was running")
             attempts = 0 if attempt is None else attempt + 1
             write_result(task, "CANCELLED", attempts=attempts, reason="cancelled by the user")
+    settle(sweep, last=0)
     return len(open_tasks)
 
 
@@ -162,11 +192,11 @@ def _known(backend: Backend, folders: Iterable[RunFolder]) -> dict[str, JobState
     return backend.states([job for folder in folders for job in all_jobs(folder)])
 
 
-def _id(job: dict[str, object]) -> str:
+def _id(job: dict[str, Any]) -> str:
     return str(job["job_id"])
 
 
-def _live(folder: RunFolder, known: dict[str, JobState], *, but: RunFolder | None = None) -> list[dict[str, object]]:
+def _live(folder: RunFolder, known: dict[str, JobState], *, but: RunFolder | None = None) -> list[dict[str, Any]]:
     """The folder's jobs that have not ended; but those of which an array of `but` is told as a whole."""
     told = set() if but is None else {_id(job) for job in all_jobs(but)}
     return [

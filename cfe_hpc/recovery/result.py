@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from cfe_hpc.recovery import lead, ledger
+from cfe_hpc.recovery.sweep_result import settle
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["add_metrics", "close_books", "write_result"]
@@ -83,3 +84,9 @@ def _write(folder: RunFolder, result: dict[str, Any]) -> None:
         logger.warning(
             "how the run ended (%s) is lost: %s: %s", result.get("state"), folder.result_path, error.strerror
         )
+        return
+    if folder.sweep is not None:
+        try:
+            settle(folder.sweep, last=folder.sweep_task or 0)
+        except OSError as error:
+            logger.warning("how the sweep ended is lost: %s: %s", folder.sweep.result_path, error.strerror)

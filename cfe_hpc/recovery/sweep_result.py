@@ -1,33 +1,57 @@
-"""How a sweep has ended, from the results of its tasks: nobody is there at its end to write it down."""
+"""How a sweep has ended: whoever writes the last task's result writes the sweep's, for nobody else is there to."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from cfe_hpc.config.tasks import Tasks
+from cfe_hpc.errors import ConfigError
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["result_of"]
+__all__ = ["settle"]
+
+_ORDER = ("HELD", "FAILED", "CANCELLED", "COMPLETED")
+"""A sweep has ended as the first of these that any of its tasks has."""
 
 
-def result_of(folder: RunFolder) -> dict[str, Any] | None:
-    """`folder.result()` of a run. Of a sweep: None until every task has a result; then COMPLETED when all have
-    completed, else the state of the first that has not.
+def settle(sweep: RunFolder, *, last: int) -> bool:
+    """Write a sweep's result.json if each of its tasks has one; whether it was written.
+
+    Args:
+        last: number of the task that has just ended. It is looked at last: as a rule the one after it has not, and
+            nothing more need be asked of the disk.
 
     Raises:
-        ConfigError: sweep.json cannot be read.
+        OSError: it cannot be written.
     """
-    own = folder.result()
-    if own is not None or not folder.is_sweep:
-        return own
-    ended = None
-    cancelled = folder.promised("cancel") is not None
-    for number in range(Tasks.read(folder.sweep_json).tasks):
-        result = folder.task(number).result()
-        if result is None and cancelled and not folder.task(number).run_toml.exists():
-            result = {"state": "CANCELLED"}
-        if result is None:
-            return None
-        if ended is None and result.get("state") != "COMPLETED":
-            ended = {"state": str(result.get("state")), "reason": f"task {number}: {result.get('reason')}"}
-    return ended or {"state": "COMPLETED"}
+    try:
+        tasks = Tasks.read(sweep.sweep_json).tasks
+    except ConfigError:  # it is not the sweep that submit made: nobody can tell when it has ended
+        return False
+    never = sweep.promised("cancel") is not None
+    numbers = [(last + 1 + offset) % tasks for offset in range(tasks)]
+    started = [number for number in numbers if not never or sweep.task(number).run_toml.exists()]
+    if not all(sweep.task(number).result_path.exists() for number in started):
+        return False
+    results = [sweep.task(number).result() or {} for number in started]
+    states = Counter(str(result.get("state")) for result in results)
+    states["CANCELLED"] += tasks - len(started)
+    sweep.write_result(_result(states, results))
+    return True
+
+
+def _result(states: Counter[str], results: list[dict[str, Any]]) -> dict[str, Any]:
+    number = {state: states[state] for state in _ORDER if states[state]}
+    return {
+        "state": next(iter(number), "FAILED"),
+        "reason": "tasks: " + ", ".join(f"{count} {name}" for name, count in number.items()),
+        "final_step": None,
+        "attempts": sum(int(result.get("attempts") or 0) for result in results),
+        "lost_steps": sum(int(result.get("lost_steps") or 0) for result in results),
+        "goodput": None,
+        "wall_seconds": None,
+        "weights_sha256": None,
+        "metrics": {},
+        "tasks": number,
+    }

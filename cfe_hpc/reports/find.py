@@ -12,11 +12,13 @@ from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.roots import DEFAULT_RUNS_ROOT, DEFAULT_SITE, expanded
 from cfe_hpc.errors import ConfigError, UsageError
 from cfe_hpc.files import read_toml
+from cfe_hpc.ranks.jobrecords import records
 from cfe_hpc.runfolder import RUN_ID, RunFolder
 
 __all__ = ["find_run", "run_paths", "runs_roots", "runs_under"]
 
 _JOB_ID = re.compile(r"^(\d+|local-\d+)([_.+]\S*)?$")
+_TASK = re.compile(r"(?P<sweep>.+)\.(?P<number>\d{1,6})")
 
 
 def runs_roots(site_ref: str | None = None, environ: Mapping[str, str] | None = None) -> list[Path]:
@@ -77,7 +79,8 @@ def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:
     """The one run that `ref` means: a run folder, a run id, a unique prefix of one, or a job id of the scheduler.
 
     A path wins over everything, a whole run id over prefixes, a job id over prefixes. Array tasks and steps of a
-    job (`123_4`, `123.0`) are found by the array's record first, then by the job's.
+    job (`123_4`, `123.0`) are found by the array's record first, then by the job's. A task of a sweep is meant by the
+    sweep's id, or a prefix of it, a dot and its number, or by its job in the array.
 
     Raises:
         UsageError: there is none, or several; lists them.
@@ -87,6 +90,8 @@ def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:
         return RunFolder(path.resolve())
     if not ref.strip():
         raise UsageError("RUN: is empty; give a run id, a prefix of one, a run folder or a job id")
+    if os.sep not in ref and (task := _task(ref, roots)) is not None:
+        return task
     if os.sep in ref:
         raise UsageError(f"{ref}: no such run folder; see `cfe-hpc status` for the runs there are")
     runs = list(runs_under(roots))
@@ -104,6 +109,30 @@ def find_run(ref: str, roots: Sequence[Path]) -> RunFolder:
     where = ", ".join(map(str, roots)) or "any runs root that exists"
     hint = f"did you mean {near}?" if near else "see `cfe-hpc status`, or name its folder or --site"
     raise UsageError(f"{ref}: no such run under {where}; {hint}")
+
+
+def _task(ref: str, roots: Sequence[Path]) -> RunFolder | None:
+    """The task of a sweep that `ref` means; None when it means none.
+
+    Raises:
+        UsageError: it means one that has no folder, for it has not started.
+    """
+    named, job = _TASK.fullmatch(ref), re.fullmatch(r"(\d+)_(\d+)", ref)
+    if named is None and job is None:
+        return None
+    found = []
+    for sweep in runs_under(roots):
+        if named is not None and sweep.run_id.startswith(named["sweep"]) and sweep.is_sweep:
+            found.append(sweep.task(int(named["number"])))
+        if job is not None:
+            arrays = [each for each in records(sweep, "job") if str(each.get("job_id")) == job[1] and "offset" in each]
+            found += [sweep.task(int(array["offset"]) + int(job[2])) for array in arrays]
+    if len(found) != 1:
+        return None
+    if not found[0].path.is_dir():
+        sweep_id = found[0].top.run_id
+        raise UsageError(f"{ref}: has not started, or is no task of it; see `cfe-hpc status {sweep_id}`")
+    return found[0]
 
 
 def _with_job(runs: Sequence[RunFolder], job_id: str) -> list[RunFolder]:

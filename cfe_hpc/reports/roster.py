@@ -62,7 +62,8 @@ class Roster:
                 self._jobs[path] = self._newest_job(RunFolder(Path(path)))
             else:
                 self._outdated = True
-        return [(RunFolder(Path(path)), job) for path, job in self._jobs.items() if job is not None]
+        found = [(RunFolder(Path(path)), job) for path, job in self._jobs.items() if job is not None]
+        return [(folder, job) for folder, newest in found for job in _jobs_of(folder, newest)]
 
     def statuses(self, words: Mapping[str, SchedulerWord]) -> Iterator[RunStatus]:
         """Every run's status, oldest first. What was found of those that have ended is kept when all were asked for.
@@ -96,6 +97,10 @@ class Roster:
             job = self._newest_job(folder)
             return read_status(folder, job_id=None if job is None else str(job["job_id"]), word=None)
         job = self._jobs[path]
+        if folder.is_sweep:
+            from cfe_hpc.reports.sweep import read_sweep, summary  # late: most runs are none
+
+            return summary(folder, read_sweep(folder, words))
         job_id = None if job is None else str(job["job_id"])
         ongoing = follow_up(folder, Ongoing.restored(kept.get(path)))
         if ongoing.worth_keeping:
@@ -111,6 +116,15 @@ class Roster:
                 line = next(lines, None)
             mark = _mark(path)
             yield path, mark, line[2] if line is not None and line[:2] == (mark, path) else None
+
+
+def _jobs_of(folder: RunFolder, newest: dict[str, Any]) -> list[dict[str, Any]]:
+    """All jobs to ask about: of a run the newest, of a sweep any that a task may be in."""
+    if not folder.is_sweep:
+        return [newest]
+    from cfe_hpc.reports.sweep import live_jobs  # late: most runs are none
+
+    return live_jobs(folder)
 
 
 def _stamp(path: str) -> tuple[str, str]:
