@@ -9,7 +9,10 @@ from typing import Any
 
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["record", "record_job", "records", "unused_attempt"]
+__all__ = ["SAVE", "record", "record_job", "records", "unused_attempt"]
+
+SAVE = "save"
+"""The kind of records that ask for a checkpoint now: control/save, save-1 …"""
 
 
 def record_job(folder: RunFolder, **facts: object) -> None:

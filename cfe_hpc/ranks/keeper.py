@@ -20,6 +20,7 @@ from cfe_hpc.ranks.hooks import before_any_step
 from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.restorer import Restorer
 from cfe_hpc.ranks.room import Room, mark_epoch, take_out
+from cfe_hpc.ranks.saverequests import SaveRequests
 from cfe_hpc.ranks.tiering import Tiering
 from cfe_hpc.ranks.weights import weights_sha256
 from cfe_hpc.runfolder import RunFolder
@@ -51,6 +52,7 @@ class Keeper:
         self._rotation = Rotation(self._root, self._retention)
         self._room = Room(self._root, self._retention, place.group, journal, self._protected)
         self._tiering = Tiering(folder.checkpoints, spec, place, self._degraded)
+        self._requests = SaveRequests(folder) if place.group.rank == 0 else None
         self.objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._restorer = Restorer(self._root, self._run_id, place, journal, self._tiering, self.objects, self._facts)
@@ -143,10 +145,11 @@ class Keeper:
         return opened.step
 
     def due_by_time(self) -> bool:
-        """Whether the schedule in time asks for a save now, by this rank's clock."""
+        """Whether the schedule in time asks for a save now, by this rank's clock, or somebody does."""
         wanted_s = (self._policy.every, self._journal.save_every_s)
         every_s = min((each for each in wanted_s if each is not None), default=None)
-        return every_s is not None and time.monotonic() - self._saved_s >= every_s
+        asked = self._requests is not None and self._requests.came()
+        return asked or (every_s is not None and time.monotonic() - self._saved_s >= every_s)
 
     def is_due(self, done: int) -> bool:
         """Whether `boundary` has something to do after `done` steps, whatever the time; the same on every rank."""

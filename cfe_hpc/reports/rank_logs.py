@@ -44,10 +44,21 @@ class Follower:
 
     Lines are ordered by the stamps they begin with, each file's own order kept; what no stamp orders comes file by
     file. Of two calls, the second one's lines come later, whatever they say: they arrived later.
+
+    Args:
+        rank, attempt: this one's only; all when None.
+        tail_bytes: leave out earlier attempts, and all but so much of the ends of the newest one's files.
     """
 
-    def __init__(self, folder: RunFolder, *, rank: int | None = None, attempt: int | None = None) -> None:
-        self._folder, self._rank, self._attempt = folder, rank, attempt
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        rank: int | None = None,
+        attempt: int | None = None,
+        tail_bytes: int | None = None,
+    ) -> None:
+        self._folder, self._rank, self._attempt, self._tail_bytes = folder, rank, attempt, tail_bytes
         self._places: dict[Path, _Place] = {}
 
     def news(self, *, whole: bool = False) -> Iterator[tuple[RankLog, str]]:
@@ -57,12 +68,28 @@ class Follower:
             whole: nothing more will come: give a last line that lacks its end too.
         """
         logs = rank_logs(self._folder, rank=self._rank, attempt=self._attempt)
+        if self._tail_bytes is not None:
+            self._pass_over(logs, self._tail_bytes)
+            self._tail_bytes = None
         for _, group in groupby(logs, key=lambda log: log.attempt):
             together = list(group)
             chunk_bytes = max(4096, min(_CHUNK_BYTES, _CHUNKS_BYTES // len(together)))
             streams = [self._stamped(log, chunk_bytes, whole) for log in together]
             for _, log, line in heapq.merge(*streams, key=lambda each: each[0]):
                 yield log, line
+
+    def _pass_over(self, logs: list[RankLog], tail_bytes: int) -> None:
+        """Leave out all but the ends of the newest attempt's files."""
+        newest = max((log.attempt for log in logs), default=0)
+        for log in logs:
+            with open(log.path, "rb") as stream:
+                end = stream.seek(0, os.SEEK_END)
+                if log.attempt == newest and end > tail_bytes:
+                    stream.seek(end - tail_bytes)
+                    stream.readline()  # what is left of a line
+                elif log.attempt == newest:
+                    stream.seek(0)
+                self._places[log.path] = _Place(read_bytes=stream.tell())
 
     def _stamped(self, log: RankLog, chunk_bytes: int, whole: bool) -> Iterator[tuple[float, RankLog, str]]:
         place = self._places.setdefault(log.path, _Place())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cfe_hpc.files import read_ndjson
@@ -23,6 +25,7 @@ Ask = Callable[[Sequence[tuple[RunFolder, dict[str, Any]]]], tuple[dict[str, Sch
 _TAIL_BYTES = 32 * 1024
 _NUM_ENDED = 20
 _NUM_LOSSES = 40
+_STALLED_S = 60.0
 _OVER = ("COMPLETED", "FAILED", "CANCELLED")
 
 
@@ -32,6 +35,8 @@ class Line:
 
     Attributes:
         losses: of the newest heartbeats, oldest first.
+        tokens_per_s: of the newest; None when it does not say.
+        left_s: seconds of the steps that are left, at the pace of the newest.
         beat_every_s: usual time between heartbeats; None while there are too few.
         stalled: it runs, and its last heartbeat is older than it should be.
         nodes: as the scheduler spells them.
@@ -39,6 +44,8 @@ class Line:
 
     status: RunStatus
     losses: tuple[float, ...] = ()
+    tokens_per_s: float | None = None
+    left_s: float | None = None
     beat_every_s: float | None = None
     stalled: bool = False
     nodes: str = ""
@@ -87,7 +94,7 @@ class Feed:
             counts[status.state] = counts.get(status.state, 0) + 1
             word = words.get(status.job_id or "")
             (ended if status.state in _OVER else live).append(_line(status, "" if word is None else word.nodes))
-        shown = [*reversed(live), *reversed(ended[-_NUM_ENDED:])]
+        shown = [*sorted(reversed(live), key=_urgency), *reversed(ended[-_NUM_ENDED:])]
         return Picture(
             lines=tuple(shown),
             hidden=max(0, len(ended) - _NUM_ENDED),
@@ -98,13 +105,42 @@ class Feed:
         )
 
 
+def _urgency(line: Line) -> int:
+    """What comes first on the screen: what needs somebody, then what works, then what waits."""
+    return 0 if line.stalled else ("HELD", "RUNNING", "PENDING").index(line.status.state) + 1
+
+
 def _line(status: RunStatus, nodes: str) -> Line:
-    if status.state not in ("RUNNING",):
+    if status.state != "RUNNING" or status.attempt is None:
         return Line(status=status, nodes=nodes)
-    losses, times_s = [], []
-    for beat in read_ndjson(Path(status.run_dir, "heartbeat.ndjson"), last_bytes=_TAIL_BYTES):
-        if isinstance(beat.get("loss"), (int, float)):
-            losses.append(float(beat["loss"]))
-        said_s = epoch_s(beat.get("time"))
-        times_s += [] if said_s is None else [said_s]
-    return Line(status=status, losses=tuple(losses[-_NUM_LOSSES:]), nodes=nodes)
+    tail = read_ndjson(Path(status.run_dir, "heartbeat.ndjson"), last_bytes=_TAIL_BYTES)
+    beats = [beat for beat in tail if beat.get("attempt") == status.attempt]
+    stamps_s = [said_s for beat in beats if (said_s := epoch_s(beat.get("time"))) is not None]
+    gaps_s = [later - before for before, later in pairwise(stamps_s)]
+    losses = [float(beat["loss"]) for beat in beats if isinstance(beat.get("loss"), (int, float))]
+    newest = beats[-1] if beats else {}
+    return Line(
+        status=status,
+        losses=tuple(losses[-_NUM_LOSSES:]),
+        tokens_per_s=_number(newest.get("tokens_per_second")),
+        left_s=_left_s(status, _number(newest.get("step_seconds"))),
+        beat_every_s=median(gaps_s) if gaps_s else None,
+        stalled=bool(beats) and (status.heartbeat_age_s or 0.0) > _patience_s(gaps_s),
+        nodes=nodes,
+    )
+
+
+def _patience_s(gaps_s: Sequence[float]) -> float:
+    """The age of a heartbeat from which on its run is taken for stalled. Saves and evaluations take their time: the
+    longest gap so far is no alarm, nor twice that."""
+    return max(_STALLED_S, 2 * max(gaps_s, default=0.0), 10 * (median(gaps_s) if gaps_s else 0.0))
+
+
+def _left_s(status: RunStatus, step_s: float | None) -> float | None:
+    if step_s is None or status.step is None or status.total_steps is None:
+        return None
+    return max(0, status.total_steps - status.step) * step_s
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
