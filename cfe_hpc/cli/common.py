@@ -22,6 +22,7 @@ __all__ = [
     "add_partition_argument",
     "add_run_argument",
     "add_site_argument",
+    "add_snapshot_argument",
     "add_sweep_arguments",
     "find_run",
     "ignoring",
@@ -100,6 +101,17 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-parallel", metavar="N", type=int, help="let at most so many tasks of the sweep run at once"
+    )
+
+
+def add_snapshot_argument(parser: argparse.ArgumentParser) -> None:
+    """`--no-snapshot`, beside `add_job_arguments`: short for `--set snapshot.mode=off`."""
+    parser.add_argument(
+        "--no-snapshot",
+        dest="set",
+        action="append_const",
+        const='snapshot.mode="off"',
+        help="start in the folder itself, as it is by then, and not in a copy of its code as it is now",
     )
 
 

@@ -30,7 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     common.add_job_arguments(parser)
     common.add_partition_argument(parser)
-    common.add_partition_argument(parser)
     common.add_sweep_arguments(parser)
     common.add_ignore_argument(parser)
     parser.add_argument(
@@ -47,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="of a job with stages: that run stands for the stage, which is not sent; may be given again",
     )
+    common.add_snapshot_argument(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the very script that would be sent; write nothing"
     )
@@ -77,12 +77,12 @@ def _run(args: argparse.Namespace) -> int:
     except PipelineError:
         return _submit_stages(args, work_tree)
     loaded = common.with_partition(loaded, work_tree)
-    loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
     _heed_checks(_of_one_run(loaded), planned, measured)
     if args.dry_run:
         return _show(args, loaded, planned, measured, work_tree)
 
+    from cfe_hpc.cli.packing import packing, tell_left_out
     from cfe_hpc.launch.submission import submit
     from cfe_hpc.recovery.contract import sentence
 
@@ -90,7 +90,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"preemption: {sentence(planned, loaded.site, measured)}", file=sys.stderr)
 
     after = [common.find_run(args, ref) for ref in args.after]
-    submitted = submit(loaded, planned, work_tree, after=after)
+    with packing() as told:
+        submitted = submit(loaded, planned, work_tree, after=after, told=told)
+    tell_left_out(submitted.packed)
     if loaded.job.sweep is not None:
         from cfe_hpc.cli import submit_sweep
 

@@ -51,7 +51,7 @@ class Packed:
     Attributes:
         folder: the copy of the work tree's top.
         new: it was made just now; else an earlier submission of the same code has made it.
-        secrets: paths that were left out since they look like secrets; empty unless it is new.
+        secrets: tracked paths that were left out since they look like secrets; empty unless it is new.
     """
 
     folder: Path
@@ -96,13 +96,14 @@ def take(loaded: Loaded, work_tree: WorkTree, runs_root: Path, *, told: Told | N
         _refuse_too_much(loaded, listing.top, files)
         try:
             with _beside(folder) as aside:
-                left_out = _copy(listing.top, aside, files, told)
+                named = [path for path in listing.tracked if secret_name(path)]
+                left_out = named + _copy(listing.top, aside, files, told)
                 work_tree = work_tree.again()
                 after = work_tree.listing
                 if after is None or _name(after, _files(after, loaded, runs_root)) != folder.name:
                     continue  # somebody saved a file meanwhile: the copy is neither what was nor what is
                 _link_rest(listing.top, aside, files)
-                _mark(aside, listing.top, files, left_out)
+                _mark(aside, listing.top, left_out)
                 _publish(aside, folder)
         except OSError as error:
             raise ConfigError([_unwritable(loaded, folder, error)]) from error
@@ -259,8 +260,8 @@ def _link_rest(top: Path, snapshot: Path, files: Mapping[str, str]) -> None:
                     os.symlink(top / folder / name, snapshot / folder / name)
 
 
-def _mark(snapshot: Path, top: Path, files: Mapping[str, str], left_out: list[str]) -> None:
-    facts = {"time": utc_now(), "work_tree": str(top), "files": len(files) - len(left_out), "left_out": left_out}
+def _mark(snapshot: Path, top: Path, left_out: list[str]) -> None:
+    facts = {"time": utc_now(), "work_tree": str(top), "left_out": left_out}
     (snapshot / MARK).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
