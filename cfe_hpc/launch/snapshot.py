@@ -96,7 +96,8 @@ def take(loaded: Loaded, work_tree: WorkTree, runs_root: Path, *, told: Told | N
         _refuse_too_much(loaded, listing.top, files)
         try:
             with _beside(folder) as aside:
-                named = [path for path in listing.tracked if secret_name(path)]
+                runs = _within(listing.top, runs_root)
+                named = [path for path in listing.tracked if secret_name(path) and not path.startswith(runs)]
                 left_out = named + _copy(listing.top, aside, files, told)
                 work_tree = work_tree.again()
                 after = work_tree.listing
@@ -123,9 +124,12 @@ def _wanted(loaded: Loaded, work_tree: WorkTree) -> Listing | None:
 
 def _files(listing: Listing, loaded: Loaded, runs_root: Path) -> dict[str, str]:
     """Path to what stands for its content, of all that is copied: git's mode and hash, or what they would be."""
+    runs = _within(listing.top, runs_root)
     submodule = "160000"
     files = {path: " ".join(facts) for path, facts in listing.tracked.items() if facts[0] != submodule}
-    untracked = [path for path in listing.untracked if _copied_untracked(listing.top / path, loaded, runs_root)]
+    most_bytes = loaded.job.snapshot.untracked_max
+    fresh = (path for path in listing.untracked if not path.startswith(runs))
+    untracked = [path for path in fresh if _small(listing.top / path, most_bytes)]
     if len(untracked) > _UNTRACKED_MOST:
         what = f"holds {len(untracked)} files that git neither tracks nor ignores"
         remedy = "name their folders in .gitignore, or submit with --no-snapshot"
@@ -135,18 +139,21 @@ def _files(listing: Listing, loaded: Loaded, runs_root: Path) -> dict[str, str]:
         facts = _facts(listing.top / path)
         if facts is not None:
             files[path] = facts
-    return {path: facts for path, facts in sorted(files.items()) if not secret_name(path)}
+    return {path: facts for path, facts in sorted(files.items()) if not path.startswith(runs) and not secret_name(path)}
 
 
-def _copied_untracked(path: Path, loaded: Loaded, runs_root: Path) -> bool:
-    if path.is_relative_to(runs_root):
-        return False
+def _within(top: Path, runs_root: Path) -> str:
+    """How paths begin that are those of runs, not of code."""
+    own = runs_root if runs_root != top and runs_root.is_relative_to(top) else runs_root / SNAPSHOTS
+    return f"{os.path.relpath(own, top)}/"
+
+
+def _small(path: Path, most_bytes: int) -> bool:
     try:
         found = path.lstat()
     except OSError:
         return False
-    small = found.st_size <= loaded.job.snapshot.untracked_max
-    return stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and small)
+    return stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size <= most_bytes)
 
 
 def _facts(path: Path) -> str | None:
