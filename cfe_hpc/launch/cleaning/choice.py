@@ -99,7 +99,8 @@ def choose(
         told: called with 1 for each run that has been looked at.
     """
     choice = Choice()
-    stays = _protected(criteria, seen)
+    needed = {run_id: each.folder.run_id for each in seen for run_id in each.needs}
+    stays = _protected(criteria, seen, needed)
     for each in seen:
         told(1)
         if not _fits(each, criteria, now_s):
@@ -111,8 +112,10 @@ def choose(
             continue
         if "runs" in criteria.kinds and reason is not None:
             choice.kept.append(Kept(path=each.folder.path, run_id=each.folder.run_id, why=reason))
-        for part in parts_of(each.folder) if _is_mine(each.folder.path) else []:
-            choice.items.extend(_large(criteria, _parts(part, criteria, why)))
+        # Whoever needs a run may need any of its checkpoints.
+        if _is_mine(each.folder.path) and each.folder.run_id not in needed:
+            for part in parts_of(each.folder):
+                choice.items.extend(_large(criteria, _parts(part, criteria, why)))
     gone = {item.path for item in choice.items if item.kind == "runs"}
     remaining = [each.folder for each in seen if each.folder.path not in gone]
     for root in roots:
@@ -133,9 +136,12 @@ def _fits(each: Seen, criteria: Criteria, now_s: float) -> bool:
     return each.state in criteria.states and now_s - each.since_s >= criteria.older_s
 
 
-def _protected(criteria: Criteria, seen: Sequence[Seen]) -> dict[Path, str]:
-    """Why runs stay whatever was asked for, by folder."""
-    needed = {run_id: each.folder.run_id for each in seen for run_id in each.needs}
+def _protected(criteria: Criteria, seen: Sequence[Seen], needed: Mapping[str, str]) -> dict[Path, str]:
+    """Why runs stay whatever was asked for, by folder.
+
+    Args:
+        needed: run ids, and a run that needs each.
+    """
     newest: dict[Path, list[Seen]] = {}
     for each in sorted(seen, key=lambda each: each.folder.run_id[-20:], reverse=True):
         newest.setdefault(each.folder.path.parent, []).append(each)
@@ -208,9 +214,7 @@ def _snapshots(root: Path, runs: Sequence[RunFolder], criteria: Criteria, now_s:
     used = {name for folder in runs if found for name in _snapshots_of(folder)}
     for path, age_s in found.items():
         if age_s >= criteria.older_s and path.name not in used and _is_mine(path):
-            yield _item(
-                "snapshots", path, None, f"no run has it, last used {_ago(age_s)}"
-            )
+            yield _item("snapshots", path, None, f"no run has it, last used {_ago(age_s)}")
 
 
 def _used_s(snapshot: Path) -> float:

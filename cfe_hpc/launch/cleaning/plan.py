@@ -104,12 +104,13 @@ def read_plan(ref: str) -> tuple[CleaningPlan, Path]:
 def _restored(document: dict[str, Any]) -> CleaningPlan:
     if document.pop("format") != _FORMAT:
         raise KeyError("format")
-    criteria = {key: tuple(value) if isinstance(value, list) else value for key, value in document["criteria"].items()}
+    asked: dict[str, Any] = document["criteria"]
+    criteria = Criteria(**{**asked, "states": tuple(asked["states"]), "kinds": tuple(asked["kinds"])})
     items = tuple(
         Item(**{**item, "path": Path(item["path"]), "tree": Tree(**item["tree"])}) for item in document["items"]
     )
     roots = tuple(map(Path, document["roots"]))
-    return CleaningPlan(**{**document, "criteria": Criteria(**criteria), "roots": roots, "items": items})
+    return CleaningPlan(**{**document, "criteria": criteria, "roots": roots, "items": items})
 
 
 def changes(plan: CleaningPlan, choice: Choice) -> list[str]:
