@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
     from cfe_hpc.launch.provenance import Listing, WorkTree
 
-__all__ = ["MARK", "SNAPSHOTS", "Packed", "folder_of", "take"]
+__all__ = ["MARK", "SNAPSHOTS", "Packed", "folder_of", "strays", "take"]
 
 SNAPSHOTS = ".snapshots"
 """Folder under the runs root that holds them, each under its hash."""
@@ -112,6 +112,17 @@ def take(loaded: Loaded, work_tree: WorkTree, runs_root: Path, *, told: Told | N
     assert listing is not None  # there was one
     what, remedy = "changes while it is copied", "wait until it is left alone, or submit with --no-snapshot"
     raise ConfigError([Problem(file=str(listing.top), key="", what=what, remedy=remedy)])
+
+
+def strays(snapshot: Path) -> Iterator[str]:
+    """Paths in a snapshot that it was not made with: what programs have written under relative names. Byte code does
+    not count."""
+    for folder, folders, names in os.walk(snapshot):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in names:
+            path = Path(folder, name)
+            if name != MARK and not path.is_symlink() and path.stat().st_mode & stat.S_IWUSR:
+                yield str(path.relative_to(snapshot))
 
 
 def _wanted(loaded: Loaded, work_tree: WorkTree) -> Listing | None:

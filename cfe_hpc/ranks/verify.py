@@ -1,5 +1,7 @@
 """Run as text (`python -c`) where nothing is known to be installed: it needs the standard library alone."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -10,13 +12,14 @@ import time
 def verify(start: str, names: list[str]) -> None:
     """Exit with 78, and say why, unless all packages are to be had. A task of Slurm writes it down for the run, too."""
     sys.path.insert(0, start)
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if not missing:
+    lacks = ", ".join(name for name in names if importlib.util.find_spec(name) is None)
+    old = sys.version_info[:2] < (3, 10)
+    if not lacks and not old:
         return
     host, run_dir = os.uname().nodename, os.environ["CFE_RUN_DIR"]
-    lacks = ", ".join(missing)
-    why = f"environment.python: {lacks}: not to be found on {host} ({sys.executable}); "
-    why += "install what is missing there, or name another interpreter, venv or conda environment"
+    what = "is older than Python 3.10 on" if old else f"lacks {lacks} on"
+    remedy = "name a newer one" if old else "install what is missing there, or name another one"
+    why = f"environment.python: {what} {host} ({sys.executable}); {remedy}, or a venv or conda environment"
     print(f"error: {why}", file=sys.stderr)
     if "SLURM_PROCID" in os.environ:
         attempt = sum(int(os.environ.get(name, "0")) for name in ("CFE_ATTEMPT_BASE", "SLURM_RESTART_COUNT"))

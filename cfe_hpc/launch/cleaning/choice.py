@@ -16,7 +16,7 @@ from cfe_hpc.files import read_toml
 from cfe_hpc.launch.cleaning.kinds import KINDS, Kind
 from cfe_hpc.launch.cleaning.survey import Seen, State, parts_of
 from cfe_hpc.launch.cleaning.trees import Tree, measure
-from cfe_hpc.launch.snapshot import MARK, SNAPSHOTS
+from cfe_hpc.launch.snapshot import MARK, SNAPSHOTS, strays
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import format_duration
 
@@ -209,11 +209,12 @@ def _keep_best(folder: RunFolder) -> str | None:
 
 
 def _snapshots(root: Path, runs: Sequence[RunFolder], criteria: Criteria, now_s: float) -> Iterator[Item]:
-    """Snapshots that none of these runs has, and that nobody has submitted with for a while."""
+    """Snapshots that none of these runs has, that nobody has submitted with for a while, and that hold nothing that a
+    program has written there."""
     found = {path: age_s for path in _folders(root / SNAPSHOTS) if (age_s := now_s - _used_s(path)) >= _IN_USE_S}
     used = {name for folder in runs if found for name in _snapshots_of(folder)}
     for path, age_s in found.items():
-        if age_s >= criteria.older_s and path.name not in used and _is_mine(path):
+        if age_s >= criteria.older_s and path.name not in used and _is_mine(path) and not any(strays(path)):
             yield _item("snapshots", path, None, f"no run has it, last used {_ago(age_s)}")
 
 
