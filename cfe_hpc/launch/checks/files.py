@@ -42,8 +42,8 @@ _SECRET_LENGTH = 20
 
 def _data(facts: Facts) -> Path | None:
     """The token file of the shipped training, where there is to be one."""
-    if facts.params is None or facts.params.data == "stdlib":
-        return None
+    if facts.params is None or facts.params.data == "stdlib" or "{stage." in facts.params.data:
+        return None  # an earlier stage makes it
     # Without "..": whether a folder holds it is told by its parts.
     return Path(os.path.normpath(facts.workdir / Path(facts.params.data).expanduser()))
 
