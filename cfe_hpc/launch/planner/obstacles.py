@@ -87,7 +87,7 @@ def _pends(limit: str, reason: str, what: str, remedy: str, facts: Facts | None 
 
 
 def _array(facts: Facts, tasks: int) -> Iterator[Obstacle]:
-    if facts.array_max is not None and tasks >= facts.array_max:
+    if facts.array_max is not None and tasks > facts.array_max:
         what = f"an array of {tasks} tasks, and indices end at {facts.array_max - 1}"
         remedy = "`submit --sweep` splits it; or submit fewer"
         yield _refused("MaxArraySize", "Invalid job array specification", what, remedy)
