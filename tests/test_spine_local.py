@@ -253,3 +253,31 @@ def test_submit_waits_and_says_how_it_ended(tmp_path: Path) -> None:
     done = cfe("submit", str(job), "--site", "local", "--wait", cwd=tmp_path, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "COMPLETED" in done.stdout + done.stderr
+
+
+def test_a_run_begins_with_the_checkpoint_of_another(submit: Submit) -> None:
+    first = submit(params={"steps": 10, "pause_s": 0.0, "variant": "a"})
+    assert first.wait_result()["state"] == "COMPLETED"
+    saved = first.folder.checkpoints / "step-000000010"
+    run = submit(checkpoint={"resume_from": first.run_id})
+    run.wait_step(12, attempt=0)
+    os.kill(supervisor_of(run), signal.SIGTERM)  # from its own checkpoint then
+    result = run.wait_result()
+    assert (result["state"], result["attempts"], result["lost_steps"], total(result)) == ("COMPLETED", 2, 0, TOTAL)
+    begun, resumed = run.events("resumed")
+    assert (begun["step"], begun["detail"]) == (10, f"from {saved}")
+    assert resumed["step"] > 10 and "detail" not in resumed
+    assert saved.is_dir() and not (run.folder.checkpoints / saved.name).exists()
+
+
+def test_a_run_that_has_nothing_to_begin_with_says_so(submit: Submit, tmp_path: Path) -> None:
+    words = ("check", "job.toml", "--site", "local", "--set", "checkpoint.resume_from=gone")
+    write_job(tmp_path, name="count", entry="entries:counting", checkpoint={"every_steps": 5})
+    done = cfe(*words, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 1
+    said = f"--set: checkpoint.resume_from: there is no run in {tmp_path / 'gone'} (gone)"
+    assert f"error: {said}; name the folder or the id of a run that has saved, or take it out" in done.stdout
+    run = submit(checkpoint={"resume_from": "gone"}, checks={"ignore": ["resume-missing"]})
+    result = run.wait_result()
+    assert result["state"] == "FAILED"
+    assert "has no checkpoint; name another run, or take it out" in result["reason"]

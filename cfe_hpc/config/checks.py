@@ -178,6 +178,14 @@ CHECKS: dict[str, Row] = {
     "kept-seldom": Row(
         "warning", "`keep_every_steps` is no multiple of `every_steps`", "make it one, or steps are kept more seldom"
     ),
+    "resume-missing": Row(
+        "error", "`checkpoint.resume_from` names no run that has saved", "name one that has, or take it out"
+    ),
+    "resume-shapes": Row(
+        "error",
+        "the checkpoint to begin with is of another model, batch or seed",
+        "set what the line says",
+    ),
     "best-unlogged": Row(
         "warning", "`keep_best` names a value that the shipped training does not log", "choose one that it logs"
     ),

@@ -114,6 +114,13 @@ class Checkpoint(Strict):
     every: DurationS | None = Field(
         None, gt=0, description="save when this much time has passed since the last", examples=['"15m"']
     )
+    resume_from: str | None = Field(
+        None,
+        min_length=1,
+        description="a run folder, or the id of a run beside this one: while this run has no checkpoint of its own it "
+        "begins with that one's newest",
+        examples=['"runs/train-seq/train-seq-20260131-120000-12ab"'],
+    )
     keep_last: int = Field(3, ge=1, description="newest checkpoints kept", examples=["3"])
     keep_every_steps: int | None = Field(
         None, ge=1, description="checkpoints whose step divides by this are kept", examples=["1000"]

@@ -55,7 +55,7 @@ class Keeper:
         self._requests = SaveRequests(folder) if place.group.rank == 0 else None
         self.objects: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
-        self._restorer = Restorer(self._root, self._run_id, place, journal, self._tiering, self.objects, self._facts)
+        self._restorer = Restorer(folder, spec, place, journal, self._tiering, self.objects, self._facts)
         self._capturing = tracked.Capturing(self.objects, group=place.group, facts=self._facts)
         self._sealed = False
         self.saved_step: int | None = None
@@ -100,17 +100,19 @@ class Keeper:
         self._sealed = True
         started_s = time.monotonic()
         opened = self._restorer.begin()
+        own = opened if opened is not None and opened.manifest.identity.run_id == self._run_id else None
         if opened is not None:
-            self.saved_step = self._resumed_step = opened.step
-            seconds = round(time.monotonic() - started_s, 3)
-            self._journal.event("resumed", step=opened.step, seconds=seconds)
-            self._tiering.resumed(opened)
-        elif imported_step:
+            seconds, detail = round(time.monotonic() - started_s, 3), None if own else f"from {opened.folder}"
+            self._journal.event("resumed", step=opened.step, seconds=seconds, detail=detail)
+        if own is not None:
+            self.saved_step = self._resumed_step = own.step
+            self._tiering.resumed(own)
+        elif opened is None and imported_step:
             self._journal.event("resumed", step=imported_step, detail="imported by the script")
         if self._place.group.rank == 0:
             self._rotation.prepare()
         if self._policy.async_:
-            self._start_background(None if opened is None else opened.manifest.identity)
+            self._start_background(None if own is None else own.manifest.identity)
         self._saved_s = time.monotonic()
         return imported_step if opened is None else opened.step
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from cfe_hpc.checkpoints import store, tracked
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.errors import CorruptCheckpoint
+from cfe_hpc.config.run import RunSpec
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint
 from cfe_hpc.ranks.bootstrap import Place
 from cfe_hpc.ranks.journal import Journal
 from cfe_hpc.ranks.tiering import Tiering
+from cfe_hpc.recovery.origin import origin_of
+from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Restorer"]
 
@@ -24,8 +27,8 @@ class Restorer:
 
     def __init__(
         self,
-        root: Path,
-        run_id: str,
+        folder: RunFolder,
+        spec: RunSpec,
         place: Place,
         journal: Journal,
         tiering: Tiering,
@@ -34,28 +37,30 @@ class Restorer:
     ) -> None:
         """
         Args:
-            root: the checkpoints folder.
             objects: what is tracked, by name; looked at anew each time, as are `facts`.
             facts: JSON that a checkpoint must share.
         """
-        self._root, self._run_id, self._place, self._journal = root, run_id, place, journal
+        self._root, self._run_id, self._place, self._journal = folder.checkpoints, spec.run_id, place, journal
         self._tiering, self._objects, self._facts = tiering, objects, facts
+        self._origin = origin_of(folder, spec)
 
     def begin(self) -> Opened | None:
         """At the start of an attempt; checkpoints that only nodes or the remote have are brought home first.
 
         Returns:
-            The checkpoint; None when there is none yet.
+            The checkpoint, which may be the origin's; None when there is none yet.
 
         Raises:
             CheckpointMismatch: it is of another model or variant; nothing was changed.
             CorruptCheckpoint: there are checkpoints, and none verifies.
+            CheckpointError: there is an origin, and it has no checkpoint.
         """
         try:
             brought = self._tiering.gather(self._skip)
             if brought is not None:
                 self._brought(brought)
-            return self._resume(self._elsewhere())
+            opened = self._resume(self._elsewhere())
+            return self._from_origin(self._origin) if opened is None and self._origin is not None else opened
         except CorruptCheckpoint as error:
             # Starting again at step 0 would rotate away what a person might still mend.
             remedy = f"mend or remove them, then `cfe-hpc requeue {self._run_id}`"
@@ -83,6 +88,22 @@ class Restorer:
             elsewhere=elsewhere,
             below=below,
         )
+
+    def _from_origin(self, origin: RunFolder) -> Opened:
+        # Attempt 0 has none before it whose drafts it would clear away: they are the other run's.
+        opened = store.resume(
+            origin.checkpoints,
+            self._load,
+            run_id=origin.run_id,
+            attempt=0,
+            group=self._place.group,
+            report=self._skip,
+        )
+        if opened is None:
+            raise CheckpointError(
+                f"checkpoint.resume_from: {origin.path} has no checkpoint; name another run, or take it out"
+            )
+        return opened
 
     def _elsewhere(self) -> Iterator[int]:
         """Steps that other tiers have, each on the shared filesystem once it is asked for. Collective."""

@@ -64,6 +64,8 @@ LOOKS: dict[str, Look] = {
     "no-checkpoints": saving.no_checkpoints,
     "saves-never": saving.saves_never,
     "kept-seldom": saving.kept_seldom,
+    "resume-missing": saving.resume_missing,
+    "resume-shapes": saving.resume_shapes,
     "best-unlogged": saving.best_unlogged,
     "staging-unused": saving.staging_unused,
     "overlap-unused": saving.overlap_unused,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.config.nearest import nearest
-from cfe_hpc.errors import Problem
+from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, Problem
 from cfe_hpc.launch.checks.facts import Facts
 from cfe_hpc.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from cfe_hpc.checkpoints.manifest import Manifest
 
 __all__ = [
     "best_unlogged",
@@ -19,6 +23,8 @@ __all__ = [
     "overlap_unused",
     "remote_package",
     "remote_tier",
+    "resume_missing",
+    "resume_shapes",
     "saves_never",
     "staging_unused",
 ]
@@ -110,3 +116,46 @@ def remote_package(facts: Facts) -> Iterator[Problem]:
     if package is not None and known and find_spec(package) is None:
         what = f"fsspec needs {package} for that, which is not installed: no checkpoint would go there"
         yield facts.problem("job.checkpoint.remote", what, f"pip install {package}", url)
+
+
+def resume_missing(facts: Facts) -> Iterator[Problem]:
+    found = _resumed(facts)
+    if isinstance(found, str):
+        remedy = "name the folder or the id of a run that has saved, or take it out"
+        yield facts.problem("job.checkpoint.resume_from", found, remedy, facts.job.checkpoint.resume_from)
+
+
+def resume_shapes(facts: Facts) -> Iterator[Problem]:
+    found = _resumed(facts)
+    if found is None or isinstance(found, str) or facts.params is None:
+        return
+    saved: dict[str, Any] = found.layout.get("facts", {})
+    for name, value in facts.params.facts().items():
+        if name in saved and saved[name] != value:
+            key = "d_ff" if name == "ff_dim" else name
+            what = f"step {found.identity.step} of {found.identity.run_id} was saved with {saved[name]}"
+            remedy = "set it to that, or take checkpoint.resume_from out"
+            yield facts.problem(f"job.params.{key}", what, remedy, value)
+
+
+def _resumed(facts: Facts) -> Manifest | str | None:
+    """The manifest of the checkpoint that the run begins with, or why there is none; None where it begins at step 0."""
+    stated = facts.job.checkpoint.resume_from
+    if stated is None:
+        return None
+    from cfe_hpc.checkpoints import folders
+    from cfe_hpc.checkpoints.keeping.rotation import glance
+    from cfe_hpc.recovery.origin import origin_at
+
+    run = origin_at(stated, workdir=facts.workdir, runs_root=facts.runs_root)
+    if not run.run_toml.is_file():
+        return f"there is no run in {run.path}"
+    why = "nothing is saved there yet"
+    for _, folder in folders.committed(run.checkpoints):
+        try:
+            return glance(folder, run.run_id)
+        except CorruptCheckpoint as error:
+            why = f"none of its checkpoints can be used; the newest that was tried, {folder.name}: {error}"
+        except CheckpointError:  # crc32c is not installed: ranks have it
+            return None
+    return why
