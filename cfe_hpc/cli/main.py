@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,15 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+# What no verb expects, and its user can mend.
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "your quota is spent: remove something, or ask your site for more",
+    errno.EROFS: "that disk cannot be written: name another folder",
+    errno.EACCES: "it is not yours to use: see who owns it",
+}
+
+
 class Verb(Protocol):
     """What a verb's module offers."""
 
@@ -52,21 +62,20 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _, unknown, words = message.partition("unrecognized arguments: ")
-        if unknown:
-            message = self._unknown(words)
-        self.exit(2, f"error: {self.prog}: {message}; see `{self.prog} --help`\n")
+        wrong, remedy = self._unknown(words) if unknown else (message, "")
+        self.exit(2, f"error: {self.prog}: {wrong}; {remedy}see `{self.prog} --help`\n")
 
-    def _unknown(self, words: str) -> str:
+    def _unknown(self, words: str) -> tuple[str, str]:
         option = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), None)
         if option is None:
-            return f"more words than it takes ({words})"
-        return f"no such option ({option}){_did_you_mean(option, _options(self))}"
+            return f"more words than it takes ({words})", ""
+        return f"no such option ({option})", _did_you_mean(option, _options(self))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            near = _did_you_mean(str(value), choices)
-            raise argparse.ArgumentError(action, f"no such choice ({value}){near}; there are {', '.join(choices)}")
+            remedy = f"{_did_you_mean(str(value), choices)}there are {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"no such choice ({value}); {remedy}")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
@@ -83,7 +92,7 @@ def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
     from cfe_hpc.config.nearest import nearest  # late: only mistakes need it
 
     near = nearest(wrong, known)
-    return f"; did you mean {near}?" if near else ""
+    return f"did you mean {near}? " if near else ""
 
 
 def _overview() -> str:
@@ -118,14 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cfe-hpc {__version__}")
         return 0
     if words[0] not in VERBS:
-        hint = _did_you_mean(words[0], list(VERBS)) or "; see `cfe-hpc --help`"
-        print(f"error: cfe-hpc: no such verb ({words[0]}){hint}", file=sys.stderr)
+        hint = f"{_did_you_mean(words[0], list(VERBS))}see `cfe-hpc --help`"
+        print(f"error: cfe-hpc: no such verb ({words[0]}); {hint}", file=sys.stderr)
         return 2
     verb: Verb = import_module(f"cfe_hpc.cli.{VERBS[words[0]][0]}")
     parser = _Parser(prog=f"cfe-hpc {words[0]}", allow_abbrev=False)
     verb.configure(parser)
+    return _run(verb, parser, words[1:])
+
+
+def _run(verb: Verb, parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """The verb's exit code, or that of the error it ended with, which is told."""
     try:
-        return verb.run(parser.parse_args(words[1:]))
+        return verb.run(parser.parse_args(words))
     except (ConfigError, ImpossibleError) as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -140,6 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone: that is no error of ours, and Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}", file=sys.stderr)
+        return 1
 
 
 def script() -> NoReturn:

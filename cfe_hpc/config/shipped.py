@@ -51,10 +51,20 @@ def resolve(ref: str, kind: Kind) -> Path:
     if path.is_dir():
         problem = Problem(file=ref, key="", what=f"is a folder, not a {_WORD[kind]}", remedy="name a TOML file")
         raise ConfigError([problem])
-    near = nearest(stem, known)
+    near = nearest(stem, known) or _beside(path)
     hint = f"did you mean {near}? " if near else ""
     remedy = f"{hint}give a path, or one of: {', '.join(known) or 'none found'}"
     raise ConfigError([Problem(file=ref, key="", what=f"no such {_WORD[kind]}", remedy=remedy)])
+
+
+def _beside(path: Path) -> str | None:
+    """The file most like `path` in its folder."""
+    try:
+        there = [entry for entry in path.parent.iterdir() if entry.suffix == ".toml"]
+    except OSError:
+        return None
+    near = nearest(path.name, [entry.name for entry in there]) or nearest(path.stem, [entry.stem for entry in there])
+    return None if near is None else str(path.with_name(near).with_suffix(".toml"))
 
 
 def shown(path: Path) -> str:

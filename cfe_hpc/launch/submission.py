@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,8 @@ def submit(
 
             write_atomic(folder.sweep_json, read_tasks(spec.job.sweep).dump())
         job_id = backend_for(loaded.site.scheduler).submit(spec, folder, after=after)
-    folder.append_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
+    # It is sent, whatever the disk says by now.
+    folder.note_event("submitted", attempt=None, detail={"job_id": job_id, "site": loaded.site.name})
     return Submitted(folder=folder, job_id=job_id, spec=spec, packed=packed)
 
 
@@ -126,12 +128,14 @@ def _runs_root(loaded: Loaded) -> Path:
 
 
 def _unwritable(loaded: Loaded, runs_root: Path, error: OSError) -> Problem:
+    full = "make room there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    origin = loaded.origins.get("site.storage.runs_root", "default")
     return Problem(
-        file=loaded.site_file,
+        file=loaded.site_file if origin == "default" else origin,
         key="storage.runs_root",
         what=f"cannot be written: {error.strerror}",
         value=str(runs_root),
-        remedy="name a folder of yours that every node sees: --set site.storage.runs_root=FOLDER",
+        remedy=f"{full}name a folder of yours that every node sees: --set site.storage.runs_root=FOLDER",
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dialogue import dialogue, ended
 from spine.harness import site_file, write_job
 from spine.stage import Stage, assert_counted
-from dialogue import dialogue, ended
 
 PDB = "(Pdb) "
 PROMPT = "$ "
