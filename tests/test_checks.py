@@ -21,9 +21,13 @@ from pathlib import Path
 import h5py
 import pytest
 
+from cfe_hpc.checkpoints.protocols import SoloGroup
+from cfe_hpc.checkpoints.store import Content, save
 from cfe_hpc.cli.main import main
 from cfe_hpc.config.checks import CHECKS
 from cfe_hpc.launch.checks.checking import LOOKS
+from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.train.config import Params
 
 EXAMPLES = Path(__file__).resolve().parent / "checks"
 
@@ -99,6 +103,14 @@ def _earlier_run(stage: Stage) -> None:
     (run / "result.json").write_text(json.dumps({"measured": measured}))
 
 
+def _saved_run(stage: Stage) -> None:
+    run = RunFolder(stage.here / "runs" / "j" / "j-20260101-000000-abcd")
+    run.checkpoints.mkdir(parents=True)
+    run.run_toml.write_text("")
+    saved = Content(layout={"facts": {**Params().facts(), "global_batch": 64, "layers": 8}})
+    save(run.checkpoints, saved, step=400, attempt=0, run_id=run.run_id, group=SoloGroup())
+
+
 PREPARE: dict[str, Callable[[Stage], object]] = {
     "data-damaged": _damaged_data,
     "data-private": _data_elsewhere,
@@ -106,6 +118,7 @@ PREPARE: dict[str, Callable[[Stage], object]] = {
     "disk-full": _full_disk,
     "port-taken": _open_port,
     "lead-short": _earlier_run,
+    "resume-shapes": _saved_run,
     "runs-root": lambda stage: (stage.here / "file").write_text(""),
     "gateway-password": lambda stage: stage.patch.setenv("CFE_PUSHGATEWAY_PASSWORD", "word"),
     "remote-tier": lambda stage: stage.patch.setitem(sys.modules, "fsspec", None),
