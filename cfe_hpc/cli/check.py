@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
-from cfe_hpc.errors import ConfigError, ImpossibleError
+from cfe_hpc.errors import ConfigError, ImpossibleError, PipelineError
 
 if TYPE_CHECKING:
     from cfe_hpc.config.load import Loaded
@@ -34,7 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print plan and findings."""
+    """Print plan and findings, of every stage where the job has some."""
+    try:
+        return _run(args, common.print_json)
+    except PipelineError:
+        from cfe_hpc.cli.check_pipeline import check_stages
+
+        return check_stages(args, _run)
+
+
+def _run(args: argparse.Namespace, print_json: Callable[[dict[str, Any]], None]) -> int:
     from cfe_hpc.launch.checks.checking import check
     from cfe_hpc.launch.history import plan_with_history
     from cfe_hpc.launch.planner import survey as planner
@@ -52,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
         findings = check(loaded, planned, measured=measured)
     except (ConfigError, ImpossibleError) as error:
         if args.json:
-            common.print_json(_refused(loaded, error))
+            print_json(_refused(loaded, error))
         raise
     outlook = planner.outlook(loaded, planned, work_tree, others)
     if args.json:
-        common.print_json(_document(loaded, planned, measured, outlook, findings))
+        print_json(_document(loaded, planned, measured, outlook, findings))
     else:
         _print(loaded, planned, measured, outlook, findings)
     if any(finding.severity == "error" for finding in findings):

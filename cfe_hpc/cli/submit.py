@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cfe_hpc.launch.submission import Submitted
     from cfe_hpc.recovery.measured import Measured
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "of_one_run", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         return _submit_stages(args, work_tree)
     loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
-    _heed_checks(_of_one_run(loaded), planned, measured)
+    _heed_checks(of_one_run(loaded), planned, measured)
     if args.dry_run:
         return _show(args, loaded, planned, measured, work_tree)
 
@@ -112,7 +112,7 @@ def _submit_stages(args: argparse.Namespace, work_tree: WorkTree) -> int:
     return run(args, work_tree)
 
 
-def _of_one_run(loaded: Loaded) -> Loaded:
+def of_one_run(loaded: Loaded) -> Loaded:
     """The job, or of a sweep the first task's."""
     if loaded.job.sweep is None:
         return loaded
@@ -167,7 +167,7 @@ def _show(
         return 0
     from cfe_hpc.cli.check import plan_rows
 
-    rows = plan_rows(_of_one_run(loaded), planned, measured)
+    rows = plan_rows(of_one_run(loaded), planned, measured)
     for word, text in [*rows, *of_sweep, ("run folder", str(folder.path))]:
         print(f"{word:<12}{text}".replace("\n", "\\n"))
     print(f"\n{script}", end="")

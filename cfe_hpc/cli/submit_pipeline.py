@@ -27,6 +27,7 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace, work_tree: WorkTree) -> int:
     """Submit every stage, or show what would be submitted."""
+    from cfe_hpc.cli.packing import packing, tell_left_out
     from cfe_hpc.launch.history import plan_with_history
     from cfe_hpc.launch.pipeline import PlannedStage, submit_pipeline
 
@@ -38,7 +39,10 @@ def run(args: argparse.Namespace, work_tree: WorkTree) -> int:
     if args.dry_run:
         return _show(args, stages, [measured for _, measured in plans], work_tree, reused)
     after = [common.find_run(args, ref) for ref in args.after]
-    sent = submit_pipeline(stages, work_tree, after=after, reused=reused)
+    with packing() as told:
+        sent = submit_pipeline(stages, work_tree, after=after, reused=reused, told=told)
+    for each in sent:
+        tell_left_out(each.packed)
     if args.json:
         rows = [(each.folder, each.job_id) for each in sent]
         common.print_json(_document(stages, rows))
@@ -65,7 +69,7 @@ def _chosen(args: argparse.Namespace, reused: dict[str, RunFolder]) -> list[Stag
     from cfe_hpc.config.stage import load_pipeline
 
     if getattr(args, "sweep", None):
-        raise UsageError("--sweep: a pipeline is no sweep; submit the stage's job as one of its own")
+        raise UsageError("--sweep: a pipeline is no sweep; give a stage a [stage.sweep] of its own")
     jobs = load_pipeline(args.job, args.site, args.set, os.environ)
     names = [job.name for job in jobs]
     for option, wanted in (("--stage", [args.stage] if args.stage else []), ("--reuse", list(reused))):
@@ -86,16 +90,17 @@ def _ignoring(args: argparse.Namespace, job: StageJob) -> StageJob:
 
 def _heed_checks(jobs: Sequence[StageJob], plans: Sequence[tuple[Plan, Measured | None]]) -> None:
     """Refuse a pipeline with a stage that is sure to fail; say what else is worth knowing, once."""
+    from cfe_hpc.cli.submit import of_one_run
     from cfe_hpc.launch.checks.checking import check
 
     errors: dict[str, Problem] = {}
     warnings: dict[str, None] = {}
     for job, (planned, measured) in zip(jobs, plans, strict=True):
-        for finding in check(job.loaded, planned, measured=measured, notes=False):
+        for finding in check(of_one_run(job.loaded), planned, measured=measured, notes=False):
             if finding.severity == "error":
                 errors[str(finding.problem)] = finding.problem
             elif finding.severity == "warning":
-                warnings[str(finding.problem)] = None
+                warnings[f"{finding.problem} [{finding.id}]"] = None
     if errors:
         raise ImpossibleError(errors.values())
     for warning in warnings:

@@ -10,6 +10,7 @@ from cfe_hpc.config.stage import StageJob, filled_in, referenced
 from cfe_hpc.errors import CfeError, UsageError
 from cfe_hpc.launch.ending import cancel
 from cfe_hpc.launch.provenance import WorkTree
+from cfe_hpc.launch.snapshot import Told
 from cfe_hpc.launch.submission import Submitted, preview, submit
 from cfe_hpc.runfolder import RunFolder
 
@@ -30,6 +31,7 @@ def submit_pipeline(
     *,
     after: Sequence[RunFolder] = (),
     reused: Mapping[str, RunFolder] | None = None,
+    told: Told | None = None,
 ) -> list[Submitted]:
     """Send every stage, in this order, each to start when those that it waits for have completed.
 
@@ -38,6 +40,7 @@ def submit_pipeline(
     Args:
         after: runs that must have completed before any stage starts.
         reused: stages whose runs are there already, by name.
+        told: as for `launch.snapshot.take`.
 
     Raises: as `launch.submission.submit`; and UsageError when a stage refers to one that is neither sent nor reused.
     """
@@ -48,7 +51,7 @@ def submit_pipeline(
         upstream = [folders[name] for name in job.after if name in folders]
         loaded = replace(job.loaded, job=filled_in(job.loaded.job, _values(folders)))
         try:
-            submitted = submit(loaded, stage.planned, work_tree, after=[*(upstream or after)])
+            submitted = submit(loaded, stage.planned, work_tree, after=upstream or after, told=told)
         except CfeError:
             for each in reversed(sent):
                 cancel(each.folder)
