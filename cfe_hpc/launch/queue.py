@@ -121,7 +121,7 @@ def parse(printed: str) -> dict[str, JobState]:
 
 
 def _name(program: str) -> str:
-    return f"{program}-{cluster_key()}.json"
+    return f"{program}-v1-{cluster_key()}.json"  # another number when a row has other fields
 
 
 def _known(wanted: set[str], max_age_s: float) -> dict[str, Row]:

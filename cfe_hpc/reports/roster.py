@@ -24,8 +24,8 @@ from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["Roster"]
 
-_FORMAT = "1"
-"""Of the rows; another number has them all read again."""
+_FORMAT = ",".join(["1", *RunStatus.__slots__])
+"""Of the rows; another one has them all read again."""
 
 _GONE_S = 86_400.0
 """A job that the scheduler has forgotten, and that gave no sign of life for so long, does not come back."""
