@@ -268,6 +268,11 @@ def test_a_bar_is_shown_where_somebody_looks(monkeypatch, capsys) -> None:
     with progress.bar("reading", 100, quiet=True) as advance:
         advance(50)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_AFTER_S", 3600.0)
+    with progress.bar("reading", 100, quiet=False) as advance:
+        advance(100)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_AFTER_S", 0.0)
     with progress.bar("reading", 100, quiet=False) as advance:
         advance(100)
     assert "reading" in capsys.readouterr().err

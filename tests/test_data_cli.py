@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cfe_hpc.cli import progress
 from cfe_hpc.cli.main import main
 
 
@@ -35,6 +36,18 @@ def test_stdlib(tmp_path, capsys):
     out = str(tmp_path / "stdlib.h5")
     assert main(["data", "build", "--stdlib", out, "--max-bytes", "1MiB"]) == 0
     assert "vocabulary 256" in capsys.readouterr().out
+
+
+def test_each_stage_has_a_bar_where_somebody_looks(text, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "out.h5")
+    monkeypatch.setattr(progress, "_AFTER_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for words, stages in ((["build", out, str(text)], ("reading", "writing")), (["check", out], ("checking train",))):
+        assert main(["data", *words]) == 0
+        shown = capsys.readouterr().err
+        assert all(stage in shown for stage in stages), shown
+        assert main(["data", *words, "--json", *(["--force"] if "build" in words else [])]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_a_damaged_file_ends_with_1_and_its_place(text, tmp_path, capsys):

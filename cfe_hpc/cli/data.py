@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cfe_hpc.cli.progress import stages
 from cfe_hpc.errors import UsageError
 from cfe_hpc.units import format_size, parse_size_bytes
 
 __all__ = ["configure", "run"]
-
-_PROGRESS_AFTER_S = 2.0
-_PROGRESS_EVERY_S = 0.2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,16 +94,15 @@ def _build(args: argparse.Namespace) -> int:
         skip_unusable=args.skip_unusable,
         overwrite=args.force,
     )
-    progress = _Progress()
-    if args.stdlib:
-        limit = {"max_bytes": _size(args.max_bytes)} if args.max_bytes else {}
-        sources = import_module("cfe_hpc.data.sources").stdlib_sources(**limit)
-        report = building.build(args.file, sources, options=options, progress=progress)
-    else:
-        report = building.build_from_paths(
-            args.file, args.sources, include=args.include, options=options, progress=progress
-        )
-    progress.clear()
+    with stages(quiet=args.json) as progress:
+        if args.stdlib:
+            limit = {"max_bytes": _size(args.max_bytes)} if args.max_bytes else {}
+            sources = import_module("cfe_hpc.data.sources").stdlib_sources(**limit)
+            report = building.build(args.file, sources, options=options, progress=progress)
+        else:
+            report = building.build_from_paths(
+                args.file, args.sources, include=args.include, options=options, progress=progress
+            )
     for line in report.skipped:
         print(f"skipped: {line}", file=sys.stderr)
     print(json.dumps(report.as_json()) if args.json else _built(report))
@@ -142,9 +138,8 @@ def _built(report: Any) -> str:
 def _check(args: argparse.Namespace) -> int:
     if not args.file.exists():
         raise UsageError(f"{args.file}: no such file; build it with `cfe-hpc data build`")
-    progress = _Progress()
-    report = import_module("cfe_hpc.data.check").check(args.file, progress=progress)
-    progress.clear()
+    with stages(quiet=args.json, counts=True) as progress:
+        report = import_module("cfe_hpc.data.check").check(args.file, progress=progress)
     for line in report.problems:
         print(f"error: {line}", file=sys.stderr)
     if args.json:
@@ -166,24 +161,3 @@ def _checked(report: Any) -> str:
             f"{found.longest_document:>8,}  {found.vocab_used:>6,}  {found.entropy_bits:>10.3f}"
         )
     return "\n".join(lines)
-
-
-class _Progress:
-    """One line on standard error, rewritten, when that is a terminal and the work takes long."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-        self._next_s = time.monotonic() + _PROGRESS_AFTER_S
-        self._written = False
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if not self._shown or time.monotonic() < self._next_s:
-            return
-        self._next_s = time.monotonic() + _PROGRESS_EVERY_S
-        self._written = True
-        share = done / total if total else 1.0
-        print(f"\r\x1b[K{what}: {share:.0%} of {total:,}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self._written:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
