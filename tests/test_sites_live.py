@@ -23,7 +23,7 @@ from cfe_hpc.sites.detect import profile_text
 from cfe_hpc.sites.live import Kind, LiveCluster, parse_cluster, read_cluster
 
 CAPTURED = Path(__file__).resolve().parent / "captured" / "slurm-22.05.8"
-SAID = {name: (CAPTURED / f"{name}.txt").read_text() for name in ("config", "partition", "node", "qos")}
+SAID = {name: (CAPTURED / f"{name}.txt").read_text() for name in ("config", "partition", "node", "reservation", "qos")}
 
 BY_QOS = """\
 normal||cluster|00:00:00||||||1.000000
@@ -42,7 +42,7 @@ def live(**changes: Any) -> LiveCluster:
             said[name] = said[name].replace(*change)
         else:
             said[name] = change
-    return parse_cluster(said["config"], said["partition"], said["node"], said["qos"])
+    return parse_cluster(said["config"], said["partition"], said["node"], said["reservation"], said["qos"])
 
 
 def config(key: str, old: str, new: str) -> LiveCluster:
@@ -134,7 +134,7 @@ def test_where_qos_decide_only_those_that_another_may_preempt_are_preempted(
 
 def test_a_qos_that_sacctmgr_hides_is_asked_of_people() -> None:
     said = {**SAID, "config": SAID["config"].replace("preempt/partition_prio", "preempt/qos")}
-    cluster = parse_cluster(said["config"], said["partition"], said["node"], None)
+    cluster = parse_cluster(said["config"], said["partition"], said["node"], said["reservation"], None)
     text = profile_text(cluster)
     assert 'preemption = {mode = "requeue", grace = "0s"}  # ? its QOS decides' in text
 
@@ -301,6 +301,8 @@ def test_limits_of_a_qos(loaded: Callable[[LiveCluster], Site]) -> None:
         ("partitions.spot.allowed_accounts", ["proj1"], '["proj1", "proj2"]'),
         ("partitions.gpu.allowed_qos", ["high"], "[]"),
         ("partitions.spot.billing_weights", {"cpu": 1.0}, '{cpu = 1.0, mem = 0.25, "gres/gpu" = 16.0}'),
+        ("partitions.spot.reservation", "week", None),
+        ("partitions.spot.qos", "high", None),
         ("partitions.spot.constraint", "big&[rack1|rack9]*2", None),
         ("hardware.h200.features", ["rack9", "big"], None),
         ("slurm.billing_max", True, "false"),
@@ -316,6 +318,17 @@ def test_what_is_stated_of_limits_and_access_is_compared(key: str, value: Any, t
     inner[name] = value
     (found,) = differences(Site.model_validate(table), cluster)
     assert (found.key, found.cluster) == (key, there)
+
+
+def test_a_reservation_that_is_there_or_hidden_is_no_difference() -> None:
+    table: dict[str, Any] = tomllib.loads(profile_text(live()))
+    table["partitions"]["spot"] |= {"reservation": "week", "qos": "normal"}
+    site = Site.model_validate(table)
+    shown = "ReservationName=week StartTime=2026-11-22T15:30:00 Nodes=n1 Flags=SPEC_NODES\n"
+    assert live(reservation=shown).reservations == ("week",)
+    assert differences(site, live(reservation=shown)) == []
+    assert differences(site, config("PrivateData", "none", "jobs,reservations")) == []
+    assert [found.key for found in differences(site, live())] == ["partitions.spot.reservation"]
 
 
 def test_less_memory_than_the_most_and_other_orders_are_no_difference() -> None:

@@ -23,7 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Site profiles: one cluster, one TOML file, in ./site_configs or shipped with the package."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="every profile that --site reaches by name", allow_abbrev=False)
-    listing.description = "Every profile that --site reaches by name: in ./site_configs, and shipped."
+    listing.description = (
+        "Every profile that --site reaches by name: in ./site_configs, and shipped. Untried: from documentation alone, "
+        "`sites check` has not been run there."
+    )
     common.add_json_argument(listing)
     show = actions.add_parser("show", help="one profile, every key spelt out", allow_abbrev=False)
     show.description = "Print one profile as TOML, every key spelt out."
@@ -31,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_json_argument(show)
     check = actions.add_parser("check", help="compare a profile with the live cluster", allow_abbrev=False)
     check.description = (
-        "Compare a profile with the cluster that this machine belongs to: preemption, limits, nodes, versions. Exit "
-        "codes: 0 nothing differs, 1 something does, 3 Slurm gives no answer."
+        "Compare a profile with the cluster that this machine belongs to: preemption, limits, access, nodes, features, "
+        "billing, versions. Exit codes: 0 nothing differs, 1 something does, 3 Slurm gives no answer."
     )
     check.add_argument("name", metavar="NAME", nargs="?", help="name or path of a profile; $CFE_SITE when left out")
     common.add_json_argument(check)
@@ -60,7 +63,8 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['scheduler'] or 'broken':<6}  {row['description']}")
+        untried = " (untried)" if row["scheduler"] == "slurm" and not row["verified"] else ""
+        print(f"{row['name']:<{width}}  {row['scheduler'] or 'broken':<6}  {row['description']}{untried}")
     return 0
 
 
@@ -73,13 +77,21 @@ def _summary(name: str, path: str, shown: str) -> dict[str, Any]:
     except ConfigError as error:
         count = len(error.problems)
         text = f"{count} problem{'s' if count > 1 else ''}: see `cfe-hpc sites show {name}`"
-        return {"name": name, "file": shown, "scheduler": None, "partitions": [], "description": text}
+        return {
+            "name": name,
+            "file": shown,
+            "scheduler": None,
+            "partitions": [],
+            "description": text,
+            "verified": False,
+        }
     return {
         "name": name,
         "file": shown,
         "scheduler": site.scheduler,
         "partitions": list(site.partitions),
         "description": site.description,
+        "verified": site.verified,
     }
 
 
@@ -121,6 +133,8 @@ def _check(args: argparse.Namespace) -> int:
         common.print_json(document)
     else:
         _print_check(file, cluster, found, missing)
+        if not found and not site.verified:
+            print(f"{file}: as you have found it to be so, write verified = true and tested_on into it")
     return 1 if found else 0
 
 

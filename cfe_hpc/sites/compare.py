@@ -83,6 +83,9 @@ def _of_partition(
     if partition.nodes_min is not None and partition.nodes_min < there.nodes_min:
         yield _differs(f"{key}.nodes_min", partition.nodes_min, there.nodes_min)
     yield from _of_access(key, partition, there)
+    yield from _of_names(f"{key}.reservation", partition.reservation, cluster.reservations)
+    qos = None if cluster.qos is None else [live.name for live in cluster.qos]
+    yield from _of_names(f"{key}.qos", partition.qos, qos)
     if there.kinds:
         kinds = [kind for kind, _ in there.kinds]
         offered = {feature for kind in kinds for feature in cluster.features.get(kind, ())}
@@ -114,6 +117,11 @@ def _of_access(key: str, partition: Partition, there: LivePartition) -> Iterator
 
 def _unordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
+
+
+def _of_names(key: str, stated: str | None, known: Iterable[str] | None) -> Iterator[Difference]:
+    if stated is not None and known is not None and stated not in known:
+        yield Difference(key=key, profile=toml_value(stated), cluster=None)
 
 
 def _of_features(key: str, stated: Iterable[str], offered: set[str]) -> Iterator[Difference]:

@@ -1,4 +1,4 @@
-"""What a live Slurm says of itself: three calls of scontrol and one of sacctmgr, read into plain facts."""
+"""What a live Slurm says of itself: four calls of scontrol and one of sacctmgr, read into plain facts."""
 
 from __future__ import annotations
 
@@ -117,6 +117,7 @@ class LiveCluster:
         billing_max: a job is billed for its dearest resource alone (MAX_TRES); None where nothing is weighted.
         associations: jobs need an account that their user belongs to.
         features: what nodes of a kind offer to --constraint, if only some of them.
+        reservations: their names; None where the site hides them.
         qos: None where sacctmgr gave no answer; `qos_refusal` says why.
     """
 
@@ -135,6 +136,7 @@ class LiveCluster:
     billing_max: bool | None
     associations: bool
     features: Mapping[Kind, tuple[str, ...]]
+    reservations: tuple[str, ...] | None
     partitions: tuple[LivePartition, ...]
     qos: tuple[LiveQos, ...] | None
     qos_refusal: str = ""
@@ -175,13 +177,14 @@ def read_cluster() -> LiveCluster:
     config = _ask("scontrol", "show", "config")
     partitions = _ask("scontrol", "show", "partition", "-o")
     nodes = _ask("scontrol", "show", "node", "-o")
+    reservations = _ask("scontrol", "show", "reservation", "-o")
     refusal = ""
     try:
         qos: str | None = run(["sacctmgr", "-nP", "show", "qos", f"format={_QOS_FIELDS}"], timeout_s=_TIMEOUT_S).stdout
     except CommandError as error:  # no accounting, or not for everyone
         qos, refusal = None, str(error)
     try:
-        return replace(parse_cluster(config, partitions, nodes, qos), qos_refusal=refusal)
+        return replace(parse_cluster(config, partitions, nodes, reservations, qos), qos_refusal=refusal)
     except (KeyError, ValueError) as error:
         raise SchedulerError(f"scontrol: answers in words that this version does not know ({error!r})") from error
 
@@ -193,8 +196,9 @@ def _ask(*argv: str) -> str:
         raise SchedulerError(f"{error}; ask from a machine that has Slurm's commands, when `sinfo` works") from error
 
 
-def parse_cluster(config: str, partitions: str, nodes: str, qos: str | None) -> LiveCluster:
-    """The facts in the output of `scontrol show config`, `show partition -o`, `show node -o` and of sacctmgr.
+def parse_cluster(config: str, partitions: str, nodes: str, reservations: str, qos: str | None) -> LiveCluster:
+    """The facts in the output of `scontrol show config`, `show partition -o`, `show node -o`, `show reservation -o`
+    and of sacctmgr.
 
     Raises:
         KeyError: one of them lacks what every Slurm prints.
@@ -224,6 +228,7 @@ def parse_cluster(config: str, partitions: str, nodes: str, qos: str | None) -> 
         billing_max="MAX_TRES" in said.get("PriorityFlags", "").split(",") if weighted else None,
         associations="associations" in said.get("AccountingStorageEnforce", "").lower(),
         features=features,
+        reservations=None if "reservations" in said.get("PrivateData", "").lower() else _reserved(reservations),
         partitions=found,
         qos=None if qos is None else tuple(_qos(line) for line in qos.splitlines() if line.strip()),
     )
@@ -242,6 +247,11 @@ def _config(shown: str) -> dict[str, str]:
 def _records(shown: str) -> Iterator[dict[str, str]]:
     """One table a line."""
     return filter(None, map(record, shown.splitlines()))
+
+
+def _reserved(shown: str) -> tuple[str, ...]:
+    names = (said.get("ReservationName") for said in _records(shown))
+    return tuple(name for name in names if name is not None)
 
 
 def _config_duration_s(text: str) -> float | None:

@@ -24,6 +24,8 @@ EDITS: dict[str, Any] = {
     "partitions.spot.preemption.grace": "1m",
     "partitions.spot.preemption.user_signal": True,
     "partitions.spot-cancel.preemption.mode": "requeue",
+    "partitions.spot-cancel.qos": "urgent",
+    "partitions.spot-cancel.reservation": "next-week",
     "partitions.gaudi.queue": "gaudi9",
     "partitions.night.nodes_min": 1,
     "partitions.night.exclusive": False,
