@@ -50,6 +50,12 @@ def test_there_are_enough_of_them_of_more_than_one_kind() -> None:
     assert any(hardware.accelerator == "hpu" for path in PROFILES for hardware in _site(path).hardware.values())
 
 
+def test_the_documentation_lists_each() -> None:
+    text = (REPOSITORY / "docs" / "sites.md").read_text(encoding="utf-8")
+    section = text.partition("## Profiles that are shipped")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", section, re.M)) == sorted(path.stem for path in PROFILES)
+
+
 PARTITIONS = [(path, name) for path in PROFILES for name in _site(path).partitions if _site(path).scheduler == "slurm"]
 
 
