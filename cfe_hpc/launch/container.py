@@ -11,6 +11,7 @@ import cfe_hpc
 from cfe_hpc.config.node_environment import expand_path, mount_parts
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.launch.refusing import unless
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["contained", "container_checks", "srun_options"]
@@ -45,13 +46,11 @@ def container_checks(spec: RunSpec) -> list[str]:
         "pyxis": "srun --help 2>&1 | grep -q -e --container-image",
         "enroot": "command -v enroot >/dev/null",
     }[kind]
-    lines = [
-        _refusing(there, f"{file}: environment.container.kind: there is no {kind} on", f"ask your site for {kind}")
-    ]
+    lines = [unless(there, f"{file}: environment.container.kind: there is no {kind} on", f"ask your site for {kind}")]
     image = _image(spec)
     if image.startswith(("/", ".")):
         what = f"{_file(spec, 'image')}: environment.container.image: {image} is not there on"
-        lines.append(_refusing(f"[ -e {shlex.quote(image)} ]", what, "name one that every node sees"))
+        lines.append(unless(f"[ -e {shlex.quote(image)} ]", what, "name one that every node sees"))
     return lines
 
 
@@ -127,7 +126,3 @@ def _package(python: str) -> str:
 def _file(spec: RunSpec, key: str) -> str:
     origin = spec.origins.get(f"job.environment.container.{key}", "default")
     return spec.provenance.job_file if origin == "default" else origin
-
-
-def _refusing(test: str, what: str, remedy: str) -> str:
-    return f"""{test} || cfe_refuse {shlex.quote(what + " ")}"$(uname -n)"{shlex.quote("; " + remedy)}"""

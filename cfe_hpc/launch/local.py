@@ -15,7 +15,7 @@ from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.container import contained
 from cfe_hpc.launch.dependencies import awaited, note_dependent
-from cfe_hpc.launch.preparation import VERIFY
+from cfe_hpc.launch.preparation import verification_inside
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.process import start_ticks
@@ -88,12 +88,11 @@ class LocalBackend:
         words = shlex.join(supervisor)
         if spec.job.environment.container.kind != "none" and spec.job.sweep is None:
             words += f" -- {contained(spec, folder, f'{python} -u -m cfe_hpc.ranks {shlex.quote(str(folder.path))}')}"
-        look = contained(spec, folder, f'{python} -c "${VERIFY}"')
         return "\n".join(
             [
                 "#!/bin/bash",
                 *prologue(spec, folder),
-                f'why="$({look} 2>&1)" || cfe_refuse "${{why#error: }}"',
+                *verification_inside(spec, folder),
                 f"cd -- {shlex.quote(spec.provenance.start_folder)} || exit 1",
                 f"exec {words}",
                 "",

@@ -12,33 +12,14 @@ from pathlib import Path
 import cfe_hpc
 from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.launch.container import container_checks
+from cfe_hpc.launch.container import contained, container_checks
 from cfe_hpc.launch.interpreter import environment_folder
+from cfe_hpc.launch.refusing import unless
+from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["VERIFY", "VERIFYING", "preparation", "refusal", "verification"]
+__all__ = ["preparation", "verification", "verification_inside", "verifying"]
 
-VERIFY = "cfe_verify"
-"""Shell variable with the program that looks for packages."""
-
-VERIFYING = 'verify=$1; shift; [ "${SLURM_LOCALID:-}" != 0 ] || "$1" -c "$verify" || exit 78'
-"""Words of the task's shell: the first task of each node looks for packages, with the interpreter that it will run."""
-
-_REFUSE = r"""
-cfe_refuse() {
-    local why="${1//[[:cntrl:]]/ }" attempt="$((${CFE_ATTEMPT_BASE:-0} + ${SLURM_RESTART_COUNT:-0}))" event result
-    printf 'error: %s\n' "$why" >&2
-    PYTHON -m cfe_hpc.ranks.refusal "$CFE_RUN_DIR" "$why" 2>/dev/null && exit 1
-    # Not even Python is there: the run must not look as if it ran.
-    why="${why//\\/\\\\}" why="${why//\"/\\\"}"
-    event='{"time":"%s","event":"failed","run_id":"%s","attempt":%d,"host":"%s","cause":"configuration","reason":"%s"}'
-    result='{"state":"FAILED","reason":"%s","final_step":null,"attempts":%d,"lost_steps":null,"goodput":null'
-    result="$result"',"wall_seconds":null,"weights_sha256":null,"metrics":{}}'
-    printf "$event\n" "$(date -u +%Y-%m-%dT%H:%M:%S.%3NZ)" "${CFE_RUN_DIR##*/}" "$attempt" "$(uname -n)" "$why" \
-        >>"$CFE_RUN_DIR/events.ndjson"
-    printf "$result\n" "$why" "$((attempt + 1))" >"$CFE_RUN_DIR/result.json"
-    exit 1
-}
-""".strip()
+_VERIFY = "cfe_verify"  # shell variable with the program that looks for packages
 
 # Modules 3.2 returns 0 whatever happens; shells that no login has set up know no `module`.
 _MODULES = r"""
@@ -51,24 +32,19 @@ cfe_module() {
             [ -r "$init" ] && . "$init" && type module >/dev/null 2>&1 && break
         done
         type module >/dev/null 2>&1 ||
-            cfe_refuse "$1: environment.modules: there is no command \`module\` on $(uname -n) ($2); take modules out, or make it known in environment.setup"
+            cfe_refuse "$1: environment.modules: there is no command \`module\` on $cfe_node ($2); take modules out, or make it known in environment.setup"
     fi
-    said="$(mktemp)" || cfe_refuse "$1: environment.modules: no temporary file can be made on $(uname -n); see to \$TMPDIR"
+    said="$(mktemp)" || cfe_refuse "$1: environment.modules: no temporary file can be made on $cfe_node; see to \$TMPDIR"
     module load "$2" 2>"$said"
     status=$?
     cat "$said" >&2
     if [ "$status" -ne 0 ] || grep -q ':ERROR:' "$said"; then
         said="$(grep -v '^[[:space:]]*$' "$said" | head -n 1; rm -f "$said")"
-        cfe_refuse "$1: environment.modules: cannot be loaded on $(uname -n) ($2): ${said:-module load failed}; \`module avail\` there lists those there are"
+        cfe_refuse "$1: environment.modules: cannot be loaded on $cfe_node ($2): ${said:-module load failed}; \`module avail\` there lists those there are"
     fi
     rm -f "$said"
 }
 """.strip()  # noqa: E501
-
-
-def refusal(spec: RunSpec) -> list[str]:
-    """Lines that define `cfe_refuse WHY`, which ends the run as an error of configuration does."""
-    return _REFUSE.replace("PYTHON", shlex.quote(spec.provenance.batch_python)).splitlines()
 
 
 def preparation(spec: RunSpec) -> list[str]:
@@ -96,26 +72,49 @@ def preparation(spec: RunSpec) -> list[str]:
 
 
 def verification(spec: RunSpec) -> list[str]:
-    """Lines that end the run unless the node has the folder that ranks start in and their interpreter; the variable
-    VERIFY is set by then. Whether that has the packages is asked where ranks start."""
-    lines = []
-    provenance, inside = spec.provenance, spec.job.environment.container.kind != "none"
+    """Lines that end the run unless the node has the folder that ranks start in, and their interpreter with what they
+    import, or their container. What is inside of that is looked at where ranks start."""
+    provenance, environment = spec.provenance, spec.job.environment
     start = provenance.start_folder
-    what = "snapshot" if provenance.start_in is not None else "folder that the job was submitted from"
-    remedy = "submit the job again" if provenance.start_in is not None else "name one that every node sees"
-    lines += [_unless(f"-d {shlex.quote(start)}", f"{start}: the {what} is not there on", remedy)]
-    if not inside:
-        found = environment_folder(spec)
-        key = "python" if spec.job.environment.python is not None or found is None else found[0]
-        what = f"{_file(spec, key)}: environment.{key}: {provenance.python} is no program on"
-        # `command -v` takes paths and names.
-        there = f'-x "$(command -v {shlex.quote(provenance.python)})"'
-        lines += [_unless(there, what, "name one that every node sees")]
-    return [*lines, *container_checks(spec), f"{VERIFY}={shlex.quote(_verifier(spec))}"]
+    what = "folder that the job was submitted from" if provenance.start_in is None else "snapshot of the code"
+    remedy = "name one that every node sees" if provenance.start_in is None else "submit the job again"
+    lines = [unless(f"[ -d {shlex.quote(start)} ]", f"{start}: the {what} is not there on", remedy)]
+    verifier = f"{_VERIFY}={shlex.quote(_verifier(spec))}"
+    if environment.container.kind != "none":
+        return [*lines, *container_checks(spec), verifier]
+    found = environment_folder(spec)
+    key = "python" if environment.python is not None or found is None else found[0]
+    python = shlex.quote(provenance.python)
+    what = f"{_file(spec, key)}: environment.{key}: {provenance.python} is no program on"
+    # `command -v` takes paths and names.
+    lines += [unless(f'[ -x "$(command -v {python})" ]', what, "name one that every node sees")]
+    return [*lines, verifier, _looking(f'{python} -c "${_VERIFY}"')]
 
 
-def _unless(test: str, what: str, remedy: str) -> str:
-    return f"""[ {test} ] || cfe_refuse {shlex.quote(what + " ")}"$(uname -n)"{shlex.quote("; " + remedy)}"""
+def verification_inside(spec: RunSpec, folder: RunFolder) -> list[str]:
+    """Lines that end the run unless its container has what ranks import; none without one. What `verification` gave
+    comes before."""
+    if spec.job.environment.container.kind == "none":
+        return []
+    return [_looking(contained(spec, folder, f'{shlex.quote(spec.provenance.python)} -c "${_VERIFY}"'))]
+
+
+def _looking(words: str) -> str:
+    """The line that ends the run unless the program that looks for packages, run by `words`, finds them."""
+    return f'why="$({words} 2>&1)" || cfe_refuse "${{why#error: }}"'
+
+
+def verifying(spec: RunSpec, words: str) -> str:
+    """Shell words that become the task `words`, deaf to stop signals. The first task of each node looks for packages
+    before, unless the batch script has done so there."""
+    # Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
+    # FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they
+    # start.
+    first = '[ "${SLURM_LOCALID:-1}" = 0 ]'
+    if spec.job.environment.container.kind == "none":
+        first += ' && [ "${SLURM_NODEID:-0}" != 0 ]'
+    text = f'trap "" TERM USR1 USR2; verify=$1; shift; if {first}; then "$1" -c "$verify" || exit 78; fi; exec "$@"'
+    return f"""{shlex.join(["sh", "-c", text, "sh"])} "${_VERIFY}" {words}"""
 
 
 def _file(spec: RunSpec, key: str) -> str:

@@ -15,7 +15,8 @@ import cfe_hpc
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.launch.interpreter import editable, import_roots
-from cfe_hpc.launch.preparation import preparation, refusal, verification
+from cfe_hpc.launch.preparation import preparation, verification
+from cfe_hpc.launch.refusing import refusal
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["environment_of", "exports", "imports", "prologue"]

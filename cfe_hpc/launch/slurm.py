@@ -18,7 +18,7 @@ from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
-from cfe_hpc.launch.preparation import VERIFY, VERIFYING
+from cfe_hpc.launch.preparation import verifying
 from cfe_hpc.launch.queue import forget_queue, queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
@@ -42,10 +42,7 @@ __all__ = ["SlurmBackend"]
 _TIMEOUT_S = 60.0
 _OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>[^\n\r\0]+))?")
 
-# Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
-# FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they start.
-_SHIELD = f'trap "" TERM USR1 USR2; {VERIFYING}; exec "$@"'
-
+# Until there is somebody who hears it, a stop signal is ignored: see preparation.verifying.
 _SHIELDED = shlex.join(["sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"])
 
 # The job's working directory is the run folder: naming it so keeps submitit from expanding a %j in the real path.
@@ -72,7 +69,7 @@ class _Executor(SlurmExecutor):
         # From 22.05 on srun no longer takes cpus-per-task from the job.
         each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
         task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
-        words = f'{shlex.join(["sh", "-c", _SHIELD, "sh"])} "${VERIFY}" {shlex.join(task)}'
+        words = verifying(self._spec, shlex.join(task))
         if self._spec.job.environment.container.kind not in ("none", "pyxis"):
             # The shield is for what srun starts; inside of the container, too, nobody may be ended by a signal yet.
             words = f"{_SHIELDED} {contained(self._spec, self._run_folder, words)}"

@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir, why = sys.argv[1:] if argv is None else argv
     folder = RunFolder(Path(run_dir))
     attempt = int(os.environ.get("CFE_ATTEMPT_BASE", "0")) + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    host = os.uname().nodename
+    host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    if (folder.result() or {}).get("state") == "COMPLETED":
+        return 0  # it is the export that cannot be made
     folder.append_event("failed", attempt=attempt, host=host, cause="configuration", reason=why)
     note_end(folder, attempt=attempt, status=1, job_id=os.environ.get("SLURM_JOB_ID", f"local-{os.getppid()}"))
     close_failed_attempt(folder, attempt=attempt, status=1)

@@ -23,16 +23,18 @@
 # setup
 export CFE_ALLOCATED_S="$(date +%s.%N)"
 export CFE_RUN_DIR=/runs/train-seq/train-seq-20260101-000000-abcd
+cfe_node="${SLURMD_NODENAME:-$(uname -n)}"
 cfe_refuse() {
     local why="${1//[[:cntrl:]]/ }" attempt="$((${CFE_ATTEMPT_BASE:-0} + ${SLURM_RESTART_COUNT:-0}))" event result
     printf 'error: %s\n' "$why" >&2
     '/opt/py thon/bin/python' -m cfe_hpc.ranks.refusal "$CFE_RUN_DIR" "$why" 2>/dev/null && exit 1
     # Not even Python is there: the run must not look as if it ran.
+    grep -q COMPLETED "$CFE_RUN_DIR/result.json" 2>/dev/null && exit 1
     why="${why//\\/\\\\}" why="${why//\"/\\\"}"
     event='{"time":"%s","event":"failed","run_id":"%s","attempt":%d,"host":"%s","cause":"configuration","reason":"%s"}'
     result='{"state":"FAILED","reason":"%s","final_step":null,"attempts":%d,"lost_steps":null,"goodput":null'
     result="$result"',"wall_seconds":null,"weights_sha256":null,"metrics":{}}'
-    printf "$event\n" "$(date -u +%Y-%m-%dT%H:%M:%S.%3NZ)" "${CFE_RUN_DIR##*/}" "$attempt" "$(uname -n)" "$why" \
+    printf "$event\n" "$(date -u +%Y-%m-%dT%H:%M:%S.%3NZ)" "${CFE_RUN_DIR##*/}" "$attempt" "$cfe_node" "$why" \
         >>"$CFE_RUN_DIR/events.ndjson"
     printf "$result\n" "$why" "$((attempt + 1))" >"$CFE_RUN_DIR/result.json"
     exit 1
@@ -49,22 +51,22 @@ cfe_module() {
             [ -r "$init" ] && . "$init" && type module >/dev/null 2>&1 && break
         done
         type module >/dev/null 2>&1 ||
-            cfe_refuse "$1: environment.modules: there is no command \`module\` on $(uname -n) ($2); take modules out, or make it known in environment.setup"
+            cfe_refuse "$1: environment.modules: there is no command \`module\` on $cfe_node ($2); take modules out, or make it known in environment.setup"
     fi
-    said="$(mktemp)" || cfe_refuse "$1: environment.modules: no temporary file can be made on $(uname -n); see to \$TMPDIR"
+    said="$(mktemp)" || cfe_refuse "$1: environment.modules: no temporary file can be made on $cfe_node; see to \$TMPDIR"
     module load "$2" 2>"$said"
     status=$?
     cat "$said" >&2
     if [ "$status" -ne 0 ] || grep -q ':ERROR:' "$said"; then
         said="$(grep -v '^[[:space:]]*$' "$said" | head -n 1; rm -f "$said")"
-        cfe_refuse "$1: environment.modules: cannot be loaded on $(uname -n) ($2): ${said:-module load failed}; \`module avail\` there lists those there are"
+        cfe_refuse "$1: environment.modules: cannot be loaded on $cfe_node ($2): ${said:-module load failed}; \`module avail\` there lists those there are"
     fi
     rm -f "$said"
 }
 cfe_module job.toml cuda/12.4
 umask 027
-[ -d /work/dir ] || cfe_refuse '/work/dir: the folder that the job was submitted from is not there on '"$(uname -n)"'; name one that every node sees'
-[ -x "$(command -v '/opt/py thon/bin/python')" ] || cfe_refuse 'job.toml: environment.python: /opt/py thon/bin/python is no program on '"$(uname -n)"'; name one that every node sees'
+[ -d /work/dir ] || cfe_refuse '/work/dir: the folder that the job was submitted from is not there on '"$cfe_node"'; name one that every node sees'
+[ -x "$(command -v '/opt/py thon/bin/python')" ] || cfe_refuse 'job.toml: environment.python: /opt/py thon/bin/python is no program on '"$cfe_node"'; name one that every node sees'
 cfe_verify='"""Run as text (`python -c`) where nothing is known to be installed: it needs the standard library alone."""
 
 from __future__ import annotations
@@ -77,18 +79,18 @@ import time
 
 
 def verify(start: str, names: list[str]) -> None:
-    """Exit with 78, and say why, unless all packages are to be had. A task of Slurm writes it down for the run, too."""
+    """Exit with 78, and say why, unless all packages are to be had. A step of Slurm writes it down for the run, too."""
     sys.path.insert(0, start)
     lacks = ", ".join(name for name in names if importlib.util.find_spec(name) is None)
     old = sys.version_info[:2] < (3, 10)
     if not lacks and not old:
         return
-    host, run_dir = os.uname().nodename, os.environ["CFE_RUN_DIR"]
+    host, run_dir = os.environ.get("SLURMD_NODENAME", os.uname().nodename), os.environ["CFE_RUN_DIR"]
     what = "is older than Python 3.10 on" if old else f"lacks {lacks} on"
     remedy = "name a newer one" if old else "install what is missing there, or name another one"
     why = f"environment.python: {what} {host} ({sys.executable}); {remedy}, or a venv or conda environment"
     print(f"error: {why}", file=sys.stderr)
-    if "SLURM_PROCID" in os.environ:
+    if "SLURM_STEP_ID" in os.environ:
         attempt = sum(int(os.environ.get(name, "0")) for name in ("CFE_ATTEMPT_BASE", "SLURM_RESTART_COUNT"))
         now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
         event = {"time": now, "event": "failed", "run_id": os.path.basename(run_dir), "attempt": attempt}
@@ -99,6 +101,7 @@ def verify(start: str, names: list[str]) -> None:
 
 
 verify("/work/dir", ["cfe_hpc", "pydantic", "submitit"])'
+why="$('/opt/py thon/bin/python' -c "$cfe_verify" 2>&1)" || cfe_refuse "${why#error: }"
 export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"
 export SUBMITIT_PREEMPT_SIGNAL=URG
 cd -- "$CFE_RUN_DIR" || exit 1
@@ -106,7 +109,7 @@ trap : TERM
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; verify=$1; shift; [ "${SLURM_LOCALID:-}" != 0 ] || "$1" -c "$verify" || exit 78; exec "$@"' sh "$cfe_verify" '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; verify=$1; shift; if [ "${SLURM_LOCALID:-1}" = 0 ] && [ "${SLURM_NODEID:-0}" != 0 ]; then "$1" -c "$verify" || exit 78; fi; exec "$@"' sh "$cfe_verify" '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
 
 
 # teardown
