@@ -111,6 +111,17 @@ def _saved_run(stage: Stage) -> None:
     save(run.checkpoints, saved, step=400, attempt=0, run_id=run.run_id, group=SoloGroup())
 
 
+def _lustre(stage: Stage) -> None:
+    """An `lfs` that answers as Lustre's does: nobody has Lustre on one machine."""
+    program = stage.here / "bin" / "lfs"
+    program.parent.mkdir()
+    answers = "-u) echo; echo '      900*       0    1000       -      12       0   50000       -';;"
+    none = "-g) echo '      900       0       0       -      12       0       0       -';;"
+    program.write_text(f'#!/bin/sh\nprintf %s "$5"\ncase $3 in {answers} {none} esac\n')
+    program.chmod(0o755)
+    stage.patch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
 PREPARE: dict[str, Callable[[Stage], object]] = {
     "data-damaged": _damaged_data,
     "data-private": _data_elsewhere,
@@ -118,6 +129,7 @@ PREPARE: dict[str, Callable[[Stage], object]] = {
     "disk-full": _full_disk,
     "port-taken": _open_port,
     "lead-short": _earlier_run,
+    "quota-left": _lustre,
     "resume-shapes": _saved_run,
     "runs-root": lambda stage: (stage.here / "file").write_text(""),
     "gateway-password": lambda stage: stage.patch.setenv("CFE_PUSHGATEWAY_PASSWORD", "word"),

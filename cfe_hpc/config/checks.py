@@ -169,6 +169,11 @@ CHECKS: dict[str, Row] = {
     "quota-files": Row(
         "warning", "logs and checkpoints are more files than the site's quota", "lower `checkpoint.keep_last`"
     ),
+    "quota-left": Row(
+        "warning",
+        "checkpoints and logs are more than is left of a quota on Lustre",
+        "lower `checkpoint.keep_last`, or make room",
+    ),
     "purged": Row("note", "checkpoints kept for good lie where the site deletes old files", "copy them away in time"),
     # Checkpoints.
     "no-checkpoints": Row(

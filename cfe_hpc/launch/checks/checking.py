@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,13 @@ from cfe_hpc.launch.checks.facts import Facts, Look
 from cfe_hpc.recovery.measured import Measured
 
 __all__ = ["LOOKS", "Finding", "check", "findings_of"]
+
+
+def _quota_left(facts: Facts) -> Iterator[Problem]:
+    from cfe_hpc.launch.checks.quotas import quota_left  # it starts programs, which `submit` has no time for
+
+    return quota_left(facts)
+
 
 LOOKS: dict[str, Look] = {
     "account-missing": asking.account_missing,
@@ -60,6 +68,7 @@ LOOKS: dict[str, Look] = {
     "quota": room.quota,
     "inodes": room.inodes,
     "quota-files": room.quota_files,
+    "quota-left": _quota_left,
     "purged": room.purged,
     "no-checkpoints": saving.no_checkpoints,
     "saves-never": saving.saves_never,
@@ -94,6 +103,10 @@ LOOKS: dict[str, Look] = {
 """What looks at a planned job. The other ids of `config.checks` belong to reading and planning, which raise."""
 
 
+_SLOW = frozenset({"quota-left"})
+"""They start programs: `check` alone runs them."""
+
+
 class Finding(NamedTuple):
     """One thing that a check found.
 
@@ -118,7 +131,7 @@ def check(loaded: Loaded, plan: Plan, *, measured: Measured | None = None, notes
 
     Args:
         measured: what an earlier run of the job has measured in this partition.
-        notes: run those too that only find notes.
+        notes: run those too that only find notes, or that take longer.
 
     Raises:
         ConfigError: the parameters of the training that cfe_hpc ships do not fit the number of ranks.
@@ -132,7 +145,7 @@ def check(loaded: Loaded, plan: Plan, *, measured: Measured | None = None, notes
     findings = [
         Finding(id=name, severity=CHECKS[name].severity, problem=problem)
         for name, look in LOOKS.items()
-        if name not in ignored and (notes or CHECKS[name].severity != "note")
+        if name not in ignored and (notes or (CHECKS[name].severity != "note" and name not in _SLOW))
         for problem in look(facts)
     ]
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))

@@ -15,6 +15,8 @@ __all__ = [
     "device_memory",
     "disk_full",
     "inodes",
+    "kept_bytes",
+    "kept_files",
     "model_memory",
     "node_local_space",
     "node_memory",
@@ -78,7 +80,7 @@ def node_memory(facts: Facts) -> Iterator[Problem]:
         yield facts.problem("job.resources.memory", what, remedy, format_size(there))
 
 
-def _kept_bytes(facts: Facts) -> int | None:
+def kept_bytes(facts: Facts) -> int | None:
     """Of the checkpoints that lie there at a time, the one being written included; of all tasks of a sweep."""
     memory = facts.memory
     if memory is None:
@@ -86,47 +88,47 @@ def _kept_bytes(facts: Facts) -> int | None:
     return memory.checkpoint_bytes * (facts.job.checkpoint.keep_last + 1) * facts.tasks
 
 
-def _kept_files(facts: Facts) -> int:
+def kept_files(facts: Facts) -> int:
     """Of all tasks: logs of one attempt, checkpoints of each rank a data file and an index."""
     ranks, checkpoints = facts.plan.world_size, facts.job.checkpoint.keep_last + 1
     return facts.tasks * (_FILES_OF_A_RUN + 2 * ranks + checkpoints * (2 * ranks + 2))
 
 
-def _what_is_kept(facts: Facts, kept_bytes: int) -> str:
+def _what_is_kept(facts: Facts, needed_bytes: int) -> str:
     tasks = "" if facts.tasks == 1 else f", for each of {facts.tasks} tasks,"
-    return f"{facts.job.checkpoint.keep_last} checkpoints and the next one{tasks} take {format_size(kept_bytes)}"
+    return f"{facts.job.checkpoint.keep_last} checkpoints and the next one{tasks} take {format_size(needed_bytes)}"
 
 
 _LESS = "lower checkpoint.keep_last, or choose another storage.runs_root"
 
 
 def checkpoint_space(facts: Facts) -> Iterator[Problem]:
-    kept_bytes = _kept_bytes(facts)
-    if kept_bytes is None:
+    needed_bytes = kept_bytes(facts)
+    if needed_bytes is None:
         return
     there = _statvfs(facts)
     free_bytes = there.f_bavail * there.f_frsize
-    if free_bytes < kept_bytes and there.f_blocks:
-        what = f"{_what_is_kept(facts, kept_bytes)}, and {format_size(free_bytes)} are free under {facts.runs_root}"
+    if free_bytes < needed_bytes and there.f_blocks:
+        what = f"{_what_is_kept(facts, needed_bytes)}, and {format_size(free_bytes)} are free under {facts.runs_root}"
         yield facts.problem("job.checkpoint.keep_last", what, _LESS, facts.job.checkpoint.keep_last)
 
 
 def quota(facts: Facts) -> Iterator[Problem]:
-    kept_bytes, allowed = _kept_bytes(facts), facts.site.storage.quota
-    if kept_bytes is not None and allowed is not None and allowed < kept_bytes:
-        what = f"{_what_is_kept(facts, kept_bytes)}, more than one may have there"
+    needed_bytes, allowed = kept_bytes(facts), facts.site.storage.quota
+    if needed_bytes is not None and allowed is not None and allowed < needed_bytes:
+        what = f"{_what_is_kept(facts, needed_bytes)}, more than one may have there"
         yield facts.problem("site.storage.quota", what, _LESS, format_size(allowed))
 
 
 def quota_files(facts: Facts) -> Iterator[Problem]:
-    needed, allowed = _kept_files(facts), facts.site.storage.quota_files
+    needed, allowed = kept_files(facts), facts.site.storage.quota_files
     if allowed is not None and allowed < needed:
         what = f"logs and checkpoints are up to {needed} files, more than one may have there"
         yield facts.problem("site.storage.quota_files", what, _LESS, allowed)
 
 
 def inodes(facts: Facts) -> Iterator[Problem]:
-    there, needed = _statvfs(facts), _kept_files(facts)
+    there, needed = _statvfs(facts), kept_files(facts)
     # Filesystems that count no files say 0 of 0.
     if there.f_files and there.f_favail < needed:
         what = f"logs and checkpoints are up to {needed} files, and {there.f_favail} more can be made there"
