@@ -98,7 +98,7 @@ DEEDS: dict[str, Callable[[Writer, int], object]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(DEEDS)), st.integers(1, 4), st.booleans()), max_size=25))
 def test_carried_on_is_the_same_as_read_anew(
     tmp_path_factory: pytest.TempPathFactory, deeds: list[tuple[str, int, bool]]

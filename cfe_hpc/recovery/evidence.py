@@ -32,7 +32,8 @@ _RANKS = 64
 
 # Words of who saw a rank end, not of the rank itself: its log may say more. One that was killed by SIGKILL had no time.
 _SEEN_FROM_OUTSIDE = re.compile(
-    r"^exit status \d+$|SIGABRT|aborted|(ended|exited) with (status|exit code) \d+", re.IGNORECASE
+    r"^exit status \d+$|SIGABRT|aborted|(ended|exited) with (status|exit code) \d+|ended without a result",
+    re.IGNORECASE,
 )
 
 

@@ -128,6 +128,7 @@ class WatchApp(App[None]):
 
     def _head(self, picture: Picture) -> Text:
         text = Text(f"{self.TITLE}  {cells.head(picture)}", style="bold", no_wrap=True, overflow="ellipsis")
+        text.highlight_regex(r"\d+ STALLED", cells.STYLES["STALLED"])
         for failure in picture.failures:
             text.append(f"  {failure}", style="bold red")
         return text
