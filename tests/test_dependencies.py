@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from launching import make_folder, make_spec
+from slurm_programs import calls, slurm
 
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.dependencies import awaited, dependency, dependents, keep_up, note_dependent
@@ -14,31 +14,7 @@ from cfe_hpc.ranks import successor
 from cfe_hpc.ranks.dependents import move_dependents, moved
 from cfe_hpc.runfolder import RunFolder
 
-SBATCH = 'n=$(cat "$FAKE/id"); echo $((n + 1)) > "$FAKE/id"; echo sbatch "$@" >> "$FAKE/calls"; echo "$n"'
-SQUEUE = 'cat "$FAKE/queue"'
-SCONTROL = (
-    'echo scontrol "$@" >> "$FAKE/calls"; case "$2" in JobId=66) echo "Job dependency problem" >&2; exit 1;; esac'
-)
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of fake Slurm programs: `calls` is what they were told, `queue` what squeue prints, `id` the next id."""
-    fake = tmp_path / "fake"
-    fake.mkdir()
-    for name, line in {"sbatch": SBATCH, "squeue": SQUEUE, "scontrol": SCONTROL}.items():
-        program = fake / name
-        program.write_text(f"#!/bin/sh\n{line}\n")
-        program.chmod(0o755)
-    for name, text in {"calls": "", "queue": "", "id": "41\n"}.items():
-        (fake / name).write_text(text)
-    monkeypatch.setenv("PATH", f"{fake}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(fake))
-    return fake
-
-
-def calls(slurm: Path) -> list[str]:
-    return (slurm / "calls").read_text().splitlines()
+__all__ = ["slurm"]  # a fixture
 
 
 def new_run(root: Path, *, job_id: str | None = None, state: str | None = None) -> RunFolder:

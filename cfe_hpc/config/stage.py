@@ -161,10 +161,9 @@ def _read(table: Mapping[str, Any], file: str) -> dict[str, dict[str, Any]]:
     problems: list[Problem] = []
     stages: dict[str, dict[str, Any]] = {}
     for index, stage in enumerate(listed):
-        found = [*_form_problems(stage, index, file)] or [*_stage_problems(stage, index, file, stages)]
-        problems.extend(found)
-        if not found:
-            stages[stage["name"]] = {**stage, "after": stage.get("after", [*stages][-1:])}
+        problems.extend([*_form_problems(stage, index, file)] or _stage_problems(stage, index, file, stages))
+        # Also one with mistakes, so that those that wait for it have none because of them.
+        stages[str(stage.get("name"))] = {**stage, "after": stage.get("after", [*stages][-1:])}
     if problems:
         raise ConfigError(problems)
     return stages
