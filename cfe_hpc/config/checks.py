@@ -138,7 +138,7 @@ CHECKS: dict[str, Row] = {
     "data-private": Row("warning", "the token file lies where nodes do not see it", "copy it to a shared folder"),
     "workdir-private": Row(
         "warning",
-        "the folder of submission, where ranks start, lies where nodes do not see it",
+        "the folder of submission lies where nodes do not see it",
         "submit from a shared folder",
     ),
     "runs-root": Row(

@@ -68,7 +68,8 @@ def constraint_unknown(facts: Facts) -> Iterator[Problem]:
 def gres_missing(facts: Facts) -> Iterator[Problem]:
     options = facts.plan.options
     asked = facts.plan.gres is not None or any(option.split("=")[0] in _ASKS_FOR_DEVICES for option in options)
-    if facts.on_slurm and facts.plan.accelerator != "cpu" and not asked:
+    # Who gets whole nodes gets their devices.
+    if facts.on_slurm and facts.plan.accelerator != "cpu" and not asked and not facts.partition.exclusive:
         what = "devices are never asked for: where Slurm gives them out, ranks would find none"
         remedy = 'write for example gres = "gpu:{devices}"; `sinfo -o %G` tells how they are called'
         yield facts.problem(f"site.hardware.{facts.partition.hardware}.gres", what, remedy)

@@ -80,13 +80,12 @@ def _why_private(facts: Facts, path: Path) -> str | None:
     """Why nodes do not see a path; None where they do, or nothing tells."""
     if not facts.on_slurm:
         return None
-    found = path.resolve()
-    shared = [folder for text in facts.site.storage.shared for folder in _ways_to(text)]
+    found, stated = path.resolve(), facts.site.storage.shared
+    shared = [folder for text in (*stated, "~") for folder in _ways_to(text)]  # no cluster is without a shared home
     if any(place.is_relative_to(folder) for place in (path, found) for folder in shared):
         return None
-    if shared:
-        named = ", ".join(facts.site.storage.shared)
-        return f"lies under none of the folders that every node sees: {named}"
+    if stated and not any("$" in os.path.expandvars(text) for text in stated):  # a variable unset here tells nothing
+        return f"lies under none of the folders that every node sees: {', '.join(stated)}"
     private = next((folder for folder in _PRIVATE if found.is_relative_to(folder)), None)
     return None if private is None else f"lies under {private}, which each node has for itself"
 
@@ -106,7 +105,7 @@ def data_private(facts: Facts) -> Iterator[Problem]:
 def workdir_private(facts: Facts) -> Iterator[Problem]:
     why = _why_private(facts, facts.workdir)
     if why is not None:
-        what, remedy = f"ranks start in this folder, and it {why}", "submit from a folder that every node sees"
+        what, remedy = f"nodes need this folder, and it {why}", "submit from a folder that every node sees"
         yield Problem(file=str(facts.workdir), key="", what=what, remedy=remedy)
 
 
