@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan, RunSpec
@@ -68,7 +69,9 @@ def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
     each = min(ranks, resources.devices_per_node or hardware.devices_per_node, hardware.devices_per_node)
     if ranks % each:
         raise UsageError(f"--ranks: {ranks} do not divide among nodes with {each} devices; give a multiple of {each}")
-    wanted = {"nodes": ranks // each, "devices_per_node": each, "partition": name}
+    wanted: dict[str, Any] = {"nodes": ranks // each, "devices_per_node": each, "partition": name}
+    if resources.memory is not None:
+        wanted["memory"] = resources.memory * each // planned.devices_per_node
     qos = site.qos.get(resources.qos or site.partitions[name].qos or "")
     limits = (DEFAULT_TIME_S, site.partitions[name].time_limit, None if qos is None else qos.time_limit)
     wanted["time"] = min(limit for limit in limits if limit is not None) if time_s is None else time_s

@@ -38,7 +38,6 @@ OVER = "debug-over"
 """Promise in control/: the session has ended, and with it the other ranks."""
 
 _POLL_S = 0.5
-_KILL_AFTER_S = 5.0
 
 # Of the interpreter's options, those that take the next word along.
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
@@ -189,13 +188,8 @@ def _beside(folder: RunFolder, facts: RankFacts) -> int:
     rank = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
     while rank.poll() is None and folder.promised(OVER) is None:
         time.sleep(_POLL_S)
-    if rank.poll() is None:
-        rank.terminate()
-        try:
-            rank.wait(_KILL_AFTER_S)
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
+    rank.kill()  # it waits for rank 0, which is gone, and has nothing to save
+    rank.wait()
     return 0
 
 
