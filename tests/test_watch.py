@@ -173,7 +173,7 @@ def test_save_is_asked_for_and_refused_where_nothing_trains(desk: Desk, terminal
     terminal.press("\x1b[B")
     terminal.wait_for("wait-20260131-235902-ab02")
     terminal.press("s")
-    terminal.wait_for("not training now")
+    terminal.wait_for("it saves when")
 
 
 def test_one_run_alone(desk: Desk) -> None:
