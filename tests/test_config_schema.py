@@ -122,6 +122,15 @@ def test_parameters_are_known_where_the_entry_is_the_training_that_is_shipped() 
     assert VALIDATORS["job"].is_valid({**table, "entry": "mine:run"})
 
 
+def test_keys_of_a_stage_are_known() -> None:
+    table: dict[str, Any] = {"name": "j", "command": ["true"], "stage": [{"name": "a"}, {"name": "b", "after": ["a"]}]}
+    assert VALIDATORS["job"].is_valid(table)
+    table["stage"][1]["resources"] = {"nodes": 0}
+    assert not VALIDATORS["job"].is_valid(table)
+    table["stage"][1] = {"name": "b", "aftr": ["a"]}
+    assert not VALIDATORS["job"].is_valid(table)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_prints_it(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "schema", kind]) == 0

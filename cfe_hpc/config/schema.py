@@ -20,6 +20,7 @@ from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.problems import key_of, nested_model
 from cfe_hpc.config.site import Site
+from cfe_hpc.config.stage import Stage
 from cfe_hpc.files import tomllib, write_atomic
 
 __all__ = ["FOLDER", "KINDS", "Kind", "main", "schema", "schema_text"]
@@ -74,18 +75,19 @@ class _Generator(GenerateJsonSchema):
 
 def schema(kind: Kind) -> dict[str, Any]:
     """The JSON Schema (draft 7) of a file of this kind. Rules between keys are beyond it: `check` knows them."""
-    made = KINDS[kind].model_json_schema(
-        by_alias=True, ref_template="#/definitions/{model}", schema_generator=_Generator
-    )
+    made = _made(KINDS[kind])
     definitions = made.pop("$defs", {})
     top = {"$schema": _DIALECT, **made, "title": _TITLES[kind], "definitions": definitions}
     if kind == "job":
         _add_params(top)
+        _add_stages(top)
     tables = {KINDS[kind].__name__: top, **definitions}
     for definition in definitions.values():
         definition.pop("title", None)
     for model in _models(KINDS[kind]):
         _annotate(model, tables[model.__name__])
+    if kind == "job":
+        _add_stages(top)
     return top
 
 
@@ -97,11 +99,37 @@ def schema_text(kind: Kind) -> str:
 def _add_params(top: dict[str, Any]) -> None:
     """Let the keys of `[params]` be known where the entry is the training that is shipped."""
     model: type[BaseModel] = import_module("cfe_hpc.train.config").Params
-    table = model.model_json_schema(by_alias=True, schema_generator=_Generator)
+    table = _made(model)
     _annotate(model, table)
     top["definitions"]["Params"] = table
     is_ours = {"properties": {"entry": {"const": TRAIN_ENTRY}}, "required": ["entry"]}
     top["allOf"] = [{"if": is_ours, "then": {"properties": {"params": {"$ref": "#/definitions/Params"}}}}]
+
+
+def _add_stages(top: dict[str, Any]) -> None:
+    """Let a stage have the job's keys, and its own."""
+    model: type[BaseModel] = import_module("cfe_hpc.config.stage").Stage
+    own = model.model_json_schema(by_alias=True, schema_generator=_Generator)
+    _annotate(model, own)
+    changed = {key: entry for key, entry in top["properties"].items() if key != "stage"}
+    properties = {**changed, "name": own["properties"]["name"], "after": own["properties"]["after"]}
+    table = {"type": "object", "description": own["description"], "properties": properties}
+    top["properties"]["stage"]["items"] = {**table, "required": ["name"], "additionalProperties": False}
+
+
+def _add_stages(top: dict[str, Any]) -> None:
+    """Let the keys of `[[stage]]` be known, which a job takes as they are until one of its stages is chosen."""
+    table = _made(Stage)
+    table.pop("$defs", None)
+    for key in ("stage", "sweep"):
+        table["properties"].pop(key)
+    _annotate(Stage, table)
+    top["definitions"]["Stage"] = table
+    top["properties"]["stage"]["items"] = {"$ref": "#/definitions/Stage"}
+
+
+def _made(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(by_alias=True, ref_template="#/definitions/{model}", schema_generator=_Generator)
 
 
 def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -116,8 +144,8 @@ def _annotate(model: type[BaseModel], table: dict[str, Any]) -> None:
     """Say of a model's plain keys what they default to, with an example, as TOML spells both."""
     table["description"] = (model.__doc__ or "").partition("\n")[0].replace("`", "")
     for name, field in model.model_fields.items():
-        entry = table["properties"][key_of(name, field)]
-        if nested_model(field.annotation) is not None:
+        entry = table["properties"].get(key_of(name, field))
+        if entry is None or nested_model(field.annotation) is not None:
             continue
         default = _default(field)
         if default is not None:
