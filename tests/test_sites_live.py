@@ -338,6 +338,14 @@ def test_less_memory_than_the_most_and_other_orders_are_no_difference() -> None:
     assert differences(Site.model_validate(table), cluster) == []
 
 
+def test_devices_that_are_asked_for_in_other_words_are_counted() -> None:
+    table: dict[str, Any] = tomllib.loads(profile_text(live()))
+    table["hardware"]["h200"] |= {"request": ["--gpus-per-node={devices}"], "devices_per_node": 5}
+    del table["hardware"]["h200"]["gres"]
+    (found,) = differences(Site.model_validate(table), live())
+    assert (found.key, found.cluster) == ("hardware.h200.devices_per_node", "4")
+
+
 def test_a_partition_that_jobs_do_not_name_is_not_compared() -> None:
     table: dict[str, Any] = tomllib.loads(profile_text(live()))
     table["partitions"]["any"] = {"hardware": "h200", "queue": "", "time_limit": "9d"}

@@ -81,6 +81,7 @@ def test_a_job_on_each_partition_asks_in_the_sites_own_words(
     assert (f"#SBATCH --partition={name}" in printed) is (partition.queue is None)
     assert ("#SBATCH --partition=" in printed) is (partition.queue != "")
     assert ("#SBATCH --gres=" in printed) is (hardware.gres is not None)
+    assert ("#SBATCH --gpus-per-node=" in printed) is bool(hardware.request)
     assert ("#SBATCH --qos=" in printed) is (partition.qos is not None)
     assert ("#SBATCH --constraint=" in printed) is (partition.constraint is not None)
     assert f"#SBATCH --nodes={nodes}" in printed

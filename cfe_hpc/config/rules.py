@@ -218,10 +218,10 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
         yield from _word_problems(name, ("qos", name), report)
     for name, hardware in site.hardware.items():
         yield from _word_problems(hardware.gres, ("hardware", name, "gres"), report)
-        for placeholder in re.findall(r"\{([^{}]*)\}", hardware.gres or ""):
-            if placeholder != "devices":
-                what = f"unknown placeholder {{{placeholder}}}"
-                yield report(("hardware", name, "gres"), what, "the only one known is {devices}", hardware.gres)
+        yield from _placeholder_problems(hardware.gres or "", ("hardware", name, "gres"), report)
+        yield from _option_problems(hardware.request, ("hardware", name, "request"), report)
+        for index, option in enumerate(hardware.request):
+            yield from _placeholder_problems(option, ("hardware", name, "request", index), report)
     yield from _word_problems(site.network.interface, ("network", "interface"), report)
     yield from _variable_problems(site.network.environment, ("network", "environment"), report)
     yield from _variable_problems(site.environment.variables, ("environment", "variables"), report)
@@ -230,6 +230,12 @@ def site_problems(site: Site, origin: Callable[[Path], str]) -> Iterator[Problem
         yield from _url_problems(getattr(site.metrics, key), ("metrics", key), report)
     if not site.storage.runs_root.strip():
         yield report(("storage", "runs_root"), "is empty", 'write for example runs_root = "runs"')
+
+
+def _placeholder_problems(text: str, path: Path, report: Report) -> Iterator[Problem]:
+    for placeholder in re.findall(r"\{([^{}]*)\}", text):
+        if placeholder != "devices":
+            yield report(path, f"unknown placeholder {{{placeholder}}}", "the only one known is {devices}", text)
 
 
 def _partition_problems(site: Site, report: Report) -> Iterator[Problem]:

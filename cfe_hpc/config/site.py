@@ -44,6 +44,11 @@ class Hardware(Strict):
         description='how devices are asked for, e.g. "gpu:h200:{devices}"; left out when they need no asking',
         examples=['"gpu:h200:{devices}"'],
     )
+    request: list[str] = Field(
+        default_factory=list,
+        description='#SBATCH options that ask for them where `gres` is not the way; "{devices}" is their number',
+        examples=['["--gpus-per-node={devices}"]'],
+    )
     features: list[str] = Field(
         default_factory=list,
         description="node features that `resources.constraint` may name there",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cfe_hpc.config.job import Job
 from cfe_hpc.config.nearest import nearest
 from cfe_hpc.config.run import Plan
-from cfe_hpc.config.site import Partition, Qos, Site
+from cfe_hpc.config.site import Hardware, Partition, Qos, Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.recovery.measured import Measured, need_s, signal_lead_s
 from cfe_hpc.units import format_duration, format_size
@@ -78,7 +78,7 @@ def plan(job: Job, site: Site, origins: Mapping[str, str] | None = None, *, meas
         signal=site.slurm.signal,
         signal_lead_s=_lead_s(site, stated_lead_s, time_s, measured),
         preemption=qos.preemption or partition.preemption,
-        options=[*partition.options, *_reservation(partition)],
+        options=[*_request(hardware, devices), *partition.options, *_reservation(partition)],
         launcher=launcher,
         nodes_min=job.launch.nodes_min,
         restarts=job.launch.restarts,
@@ -94,6 +94,10 @@ def _lead_s(site: Site, stated_s: int, time_s: float | None, measured: Measured 
     # Our own supervisor's clock has no slack.
     learned_s = signal_lead_s(measured) if site.scheduler == "slurm" else math.ceil(need_s(measured))
     return max(stated_s, int(min(learned_s, math.inf if time_s is None else time_s / 2)))
+
+
+def _request(hardware: Hardware, devices: int) -> list[str]:
+    return [option.replace("{devices}", str(devices)) for option in hardware.request]
 
 
 def _reservation(partition: Partition) -> list[str]:

@@ -140,7 +140,7 @@ def _of_hardware(site: Site, name: str, kinds: list[Kind]) -> Iterator[Differenc
             cluster = toml_value(spelt[0]) if spelt else None
             yield Difference(key=f"{key}.gres", profile=toml_value(hardware.gres), cluster=cluster)
         kind = kinds[0]
-    if asked is not None and hardware.devices_per_node > kind.devices:
+    if (asked is not None or hardware.request) and hardware.devices_per_node > kind.devices:
         yield _differs(f"{key}.devices_per_node", hardware.devices_per_node, kind.devices)
     if hardware.cores_per_node > kind.cores:
         yield _differs(f"{key}.cores_per_node", hardware.cores_per_node, kind.cores)
