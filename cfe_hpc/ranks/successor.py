@@ -132,6 +132,8 @@ def send_export(folder: RunFolder, *, job_id: str, environment: Mapping[str, str
 
 
 def _refusal(error: CommandError) -> SchedulerError:
+    if "gave no answer" in str(error):  # it asks again for minutes where Slurm is full (MaxJobCount) or busy
+        return SchedulerError(f"{error}; Slurm is busy, or takes no more jobs (MaxJobCount): try again later")
     if error.completed is None:
         return SchedulerError(f"{error}; submit from a machine that has Slurm's commands, or use --site local")
     words = [re.sub(r"^sbatch: (error: |fatal: )?", "", line) for line in error.completed.stderr.splitlines()]
