@@ -18,7 +18,7 @@ from slurm_programs import calls, slurm
 from cfe_hpc.cli.main import main
 from cfe_hpc.config.load import load
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.config.stage import load_pipeline
+from cfe_hpc.config.stage import filled_in, load_pipeline
 from cfe_hpc.errors import ConfigError, PipelineError, UsageError
 from cfe_hpc.launch.local import is_alive
 from cfe_hpc.runfolder import RunFolder
@@ -41,6 +41,7 @@ name = "train"
 entry = "trainer:run"
 resources = { nodes = 2 }
 params = { files = ["{stage.data.run_dir}/tokens"] }
+checkpoint = { resume_from = "{stage.data.run_dir}" }
 [[stage]]
 name = "score"
 after = ["data"]
@@ -95,6 +96,15 @@ def test_a_stage_is_the_job_but_for_what_it_changes() -> None:
     assert train.origins["job.resources.nodes"] == "job.toml, stage train"
     assert train.origins["job.params.lr"] == "--set" and train.origins["job.params.seed"] == "job.toml"
     assert all(each.job.stage is None for each in (data, train, score, export))
+
+
+def test_references_are_replaced_wherever_they_may_stand() -> None:
+    values = {name: {"run_dir": f"/r/{name}", "run_id": f"{name}-1"} for name in ("data", "train")}
+    values["train"] |= {"checkpoints": "/r/train/checkpoints", "exports": "/r/train/exports"}
+    jobs = {stage.name: filled_in(stage.loaded.job, values) for stage in load_pipeline(write(LINE))}
+    assert jobs["train"].params["files"] == ["/r/data/tokens"]
+    assert jobs["train"].checkpoint.resume_from == "/r/data"
+    assert jobs["export"].command == ["cp", "/r/train/checkpoints/x", "/r/train/exports", "data-1", "{params.seed}"]
 
 
 def test_an_override_is_for_all_stages_or_for_one() -> None:

@@ -1,7 +1,7 @@
 """`[[stage]]` of a job file: a pipeline, each stage of which is a run with the job's keys, but for those it changes.
 
-"{stage.NAME.run_dir}" in the command or the parameters of a stage is replaced, when the pipeline is submitted, by the
-run folder of a stage that it waits for.
+"{stage.NAME.run_dir}" in the command, the parameters or `checkpoint.resume_from` of a stage is replaced, when the
+pipeline is submitted, by the run folder of a stage that it waits for.
 """
 
 from __future__ import annotations
@@ -244,13 +244,17 @@ def filled_in(job: Job, values: Mapping[str, Mapping[str, str]]) -> Job:
         return _REFERENCE.sub(lambda match: values[match[1]][match[2]], text)
 
     command = None if job.command is None else [fill(word) for word in job.command]
-    return job.model_copy(update={"command": command, "params": _mapped(job.params, fill)})
+    checkpoint = job.checkpoint.model_copy(update={"resume_from": _mapped(job.checkpoint.resume_from, fill)})
+    changed = {"command": command, "checkpoint": checkpoint, "params": _mapped(job.params, fill)}
+    return job.model_copy(update=changed)
 
 
 def _texts(job: Job) -> Iterator[tuple[str, str]]:
     """(dotted key, text) of whatever may hold a reference."""
     for index, word in enumerate(job.command or ()):
         yield dotted(("command", index)), word
+    if job.checkpoint.resume_from is not None:
+        yield "checkpoint.resume_from", job.checkpoint.resume_from
     yield from _inner(job.params, ("params",))
 
 

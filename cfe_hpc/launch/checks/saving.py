@@ -141,7 +141,7 @@ def resume_shapes(facts: Facts) -> Iterator[Problem]:
 def _resumed(facts: Facts) -> Manifest | str | None:
     """The manifest of the checkpoint that the run begins with, or why there is none; None where it begins at step 0."""
     stated = facts.job.checkpoint.resume_from
-    if stated is None:
+    if stated is None or "{stage." in stated:  # an earlier stage's run, which is not there yet
         return None
     from cfe_hpc.checkpoints import folders
     from cfe_hpc.checkpoints.keeping.rotation import glance
