@@ -21,7 +21,12 @@ from cfe_hpc.config.job import Job
 from cfe_hpc.config.problems import key_of, nested_model
 from cfe_hpc.config.site import Site
 from cfe_hpc.config.stage import Stage
-from cfe_hpc.files import tomllib, write_atomic
+from cfe_hpc.files import write_atomic
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["FOLDER", "KINDS", "Kind", "main", "schema", "schema_text"]
 
@@ -86,8 +91,6 @@ def schema(kind: Kind) -> dict[str, Any]:
         definition.pop("title", None)
     for model in _models(KINDS[kind]):
         _annotate(model, tables[model.__name__])
-    if kind == "job":
-        _add_stages(top)
     return top
 
 
@@ -104,17 +107,6 @@ def _add_params(top: dict[str, Any]) -> None:
     top["definitions"]["Params"] = table
     is_ours = {"properties": {"entry": {"const": TRAIN_ENTRY}}, "required": ["entry"]}
     top["allOf"] = [{"if": is_ours, "then": {"properties": {"params": {"$ref": "#/definitions/Params"}}}}]
-
-
-def _add_stages(top: dict[str, Any]) -> None:
-    """Let a stage have the job's keys, and its own."""
-    model: type[BaseModel] = import_module("cfe_hpc.config.stage").Stage
-    own = model.model_json_schema(by_alias=True, schema_generator=_Generator)
-    _annotate(model, own)
-    changed = {key: entry for key, entry in top["properties"].items() if key != "stage"}
-    properties = {**changed, "name": own["properties"]["name"], "after": own["properties"]["after"]}
-    table = {"type": "object", "description": own["description"], "properties": properties}
-    top["properties"]["stage"]["items"] = {**table, "required": ["name"], "additionalProperties": False}
 
 
 def _add_stages(top: dict[str, Any]) -> None:
