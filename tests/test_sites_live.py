@@ -413,7 +413,13 @@ def test_accounting_that_refuses_is_said_so(pretended: Path, capsys: pytest.Capt
     assert "nothing is said of QOS" in (said := capsys.readouterr()).err
     assert "mine.toml" in said.out
     assert main(["sites", "check", "mine.toml"]) == 0
-    assert "nothing differs from cluster minislurm, Slurm 22.05.8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing differs from cluster minislurm, Slurm 22.05.8" in printed
+    assert "write verified = true and tested_on into it" in printed
+    mine = Path("mine.toml")
+    mine.write_text(mine.read_text().replace("verified = false", "verified = true"))
+    assert main(["sites", "check", "mine.toml"]) == 0
+    assert "verified" not in capsys.readouterr().out
     assert main(["sites", "detect", "--output", "mine.toml"]) == 2
     assert "mine.toml: File exists; name another" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@ gives a script."""
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import date
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_there_are_enough_of_them_of_more_than_one_kind() -> None:
     kinds = {hardware.accelerator for path in PUBLIC for hardware in _site(path).hardware.values()}
     assert len(PUBLIC) >= 8 and kinds >= {"cuda", "cpu"}
     assert any(hardware.accelerator == "hpu" for path in PROFILES for hardware in _site(path).hardware.values())
+
+
+def test_the_list_says_which_nobody_has_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    untried = {name for name, line in lines.items() if line.endswith(" (untried)")}
+    assert untried == {path.stem for path in PUBLIC} | {"gaudi-example"}
+    assert main(["sites", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows if row["verified"]} == {"minislurm"}
 
 
 def test_the_documentation_lists_each() -> None:
