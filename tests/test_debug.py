@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,24 @@ def test_a_shell_is_interrupted_and_starts_the_rank(tmp_path: Path) -> None:
         shown.sendline("exit 3")
         assert ended(shown) == 3
     assert state(tmp_path) == ("COMPLETED", None)
+
+
+def test_a_session_is_cancelled_from_elsewhere(tmp_path: Path) -> None:
+    with dialogue("debug", job(tmp_path), "--shell", cwd=tmp_path, env=ENV) as shown:
+        shown.expect_exact(PROMPT)
+        (known,) = json.loads(cfe("status", "--json", cwd=tmp_path, env=ENV).stdout)
+        assert known["state"] == "RUNNING"
+        assert cfe("cancel", "look", cwd=tmp_path, env=ENV).returncode == 0
+        assert ended(shown) != 0
+    assert state(tmp_path) == ("CANCELLED", "cancelled by the user")
+
+
+def test_no_slurm_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    nowhere = {**ENV, "PATH": "/nowhere"}
+    with dialogue("debug", job(tmp_path), "--site", site_file(tmp_path), cwd=tmp_path, env=nowhere) as shown:
+        shown.expect_exact("error: srun: command not found; debug from a machine that has Slurm's commands")
+        assert ended(shown) == 3
+    assert not list((tmp_path / "runs").glob("*/*"))
 
 
 def test_a_shell_beside_a_running_rank_leaves_it_alone(tmp_path: Path) -> None:

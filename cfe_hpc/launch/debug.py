@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 from cfe_hpc.config.load import Loaded
@@ -25,7 +26,6 @@ from cfe_hpc.launch.plan import plan
 from cfe_hpc.launch.script import exports, imports, prologue
 from cfe_hpc.process import start_ticks
 from cfe_hpc.ranks.child import die_with_parent
-from cfe_hpc.ranks.debugging import OVER
 from cfe_hpc.ranks.nodelist import expand
 from cfe_hpc.ranks.successor import clean_environment, record_job
 from cfe_hpc.recovery.result import write_result
@@ -36,7 +36,8 @@ __all__ = ["Attached", "attach", "attachment", "debug_plan", "hold_session", "se
 
 DEFAULT_TIME_S = 3600.0
 
-_OTHERS_END_S = 10.0
+_END_S = 10.0
+"""For what is told to end, until it is killed."""
 
 
 def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
@@ -141,73 +142,109 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
         SchedulerError: Slurm gave no allocation, or is not there; the folder is gone again.
     """
     write_atomic(folder.submission_script, script)
-    argv, environment = session_argv(spec, folder), clean_environment(os.environ)
-    by_slurm = spec.site.scheduler == "slurm"
-    if not by_slurm:
+    if spec.site.scheduler != "slurm":
         facts = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
         record_job(folder, job_id=f"local-{os.getpid()}", scheduler="local", attempt_base=0, **facts)
-    with _other_ranks(spec, folder, {} if by_slurm else environment):
-        own = {} if by_slurm else _local_environment(spec, 0)
-        code = _in_terminal(argv, {**environment, **own})
-    if latest_job(folder) is None and folder.result() is None:
-        shutil.rmtree(folder.path, ignore_errors=True)
+    try:
+        with _other_ranks(spec, folder):
+            code = _in_terminal(session_argv(spec, folder), _environment(spec, 0))
+    finally:
+        begun = _close(folder)
+    if not begun:
         raise SchedulerError(f"srun: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`")
-    if folder.result() is None:
-        reason = "cancelled by the user" if folder.promised("cancel") else "the debug session has ended"
-        folder.note_event("cancelled", attempt=0, reason=reason)
-        write_result(folder, "CANCELLED", attempts=1, reason=reason)
     return code
 
 
-def _local_environment(spec: RunSpec, rank: int) -> Mapping[str, str]:
+def _close(folder: RunFolder) -> bool:
+    """Write down that the session has ended, unless the run said how; a folder in which nothing began is removed, and
+    the answer False then."""
+    if folder.result() is not None:
+        return True
+    if latest_job(folder) is None:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        return False
+    reason = "cancelled by the user" if folder.promised("cancel") else "the debug session has ended"
+    folder.note_event("cancelled", attempt=0, reason=reason)
+    write_result(folder, "CANCELLED", attempts=1, reason=reason)
+    return True
+
+
+def _environment(spec: RunSpec, rank: int) -> dict[str, str]:
+    """The environment that a rank's script is started in; with a scheduler srun adds the rank's place."""
+    environment = clean_environment(os.environ)
+    if spec.site.scheduler == "slurm":
+        return environment
     place = place_variables(spec.plan.nodes, spec.plan.devices_per_node, rank)
-    return {**place, "CFE_ATTEMPT": "0", "CFE_JOB_ID": f"local-{os.getpid()}"}
+    return {**environment, **place, "CFE_ATTEMPT": "0", "CFE_JOB_ID": f"local-{os.getpid()}"}
 
 
 @contextlib.contextmanager
-def _other_ranks(spec: RunSpec, folder: RunFolder, environment: Mapping[str, str]) -> Iterator[None]:
+def _other_ranks(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
     """Without a scheduler: the ranks from 1 on, beside the body; they end with it."""
     argv, started = session_argv(spec, folder), list[subprocess.Popen[bytes]]()
     try:
-        for rank in range(1, spec.plan.world_size) if environment else ():
+        for rank in range(1, 1 if spec.site.scheduler == "slurm" else spec.plan.world_size):
             # A session of its own: Ctrl-C in this terminal is for rank 0.
-            started.append(
-                subprocess.Popen(
-                    argv,
-                    env={**environment, **_local_environment(spec, rank)},
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent,
-                )
+            process = subprocess.Popen(
+                argv,
+                env=_environment(spec, rank),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
+            started.append(process)
         yield
     finally:
-        folder.note(OVER, "the debug session is over")
+        folder.note("debug-over", "the debug session is over")
         for process in started:
             try:
-                process.wait(_OTHERS_END_S)
+                process.wait(_END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
+class _Told(Exception):
+    """This process is told to end: by `cancel RUN`, or by a terminal that has gone."""
+
+
 def _in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def hear_again() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        die_with_parent()
+    def told(signum: int, frame: FrameType | None) -> None:
+        raise _Told
 
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program = None
     try:
-        status = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=hear_again).wait()
+        program = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=_hear_again)
+        status = program.wait()
+    except _Told:
+        status = -signal.SIGTERM if program is None else _end(program)
     except FileNotFoundError:
         raise SchedulerError(
             f"{argv[0]}: command not found; debug from a machine that has Slurm's commands, or use --site local"
         ) from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 128 - status if status < 0 else status
+
+
+def _hear_again() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent()
+
+
+def _end(program: subprocess.Popen[bytes]) -> int:
+    program.terminate()
+    try:
+        return program.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        program.kill()  # what it has started dies with it
+        return program.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ environment. The rank itself is left alone."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError, RunFailed
+from cfe_hpc.process import start_ticks
 from cfe_hpc.ranks.bootstrap import rank_variables
 from cfe_hpc.ranks.debugging import interactive_shell
 from cfe_hpc.ranks.env import RankFacts, read_facts
@@ -43,8 +45,8 @@ def rank_process(run_dir: Path, rank: int, *, node: str | None = None) -> RankPr
     """
     found = [process for process in _processes(run_dir, node) if process.facts.rank == rank]
     programs = [process for process in found if "RANK" in process.environment]
-    # The lowest number is the oldest: workers and writers of checkpoints are children, in the same environment.
-    return min(programs or found, key=lambda process: process.pid, default=None)
+    # The oldest: workers and writers of checkpoints are its children, in the same environment.
+    return min(programs or found, key=lambda process: start_ticks(process.pid) or math.inf, default=None)
 
 
 def _processes(run_dir: Path, node: str | None) -> Iterator[RankProcess]:

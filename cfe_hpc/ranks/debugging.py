@@ -32,10 +32,7 @@ from cfe_hpc.ranks.redirect import redirect
 from cfe_hpc.ranks.successor import record_job
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["OVER", "interactive_shell", "main", "under_debugger"]
-
-OVER = "debug-over"
-"""Promise in control/: the session has ended, and with it the other ranks."""
+__all__ = ["interactive_shell", "main", "under_debugger"]
 
 _POLL_S = 0.5
 
@@ -65,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     finally:
-        folder.note(OVER, "the debug session is over")
+        folder.note("debug-over", "the debug session is over")
 
 
 def _in_terminal(folder: RunFolder, spec: RunSpec, facts: RankFacts, *, shell: bool) -> int:
@@ -186,7 +183,7 @@ def _beside(folder: RunFolder, facts: RankFacts) -> int:
     log.configure(rank=facts.rank)
     words = [sys.executable, "-u", "-m", "cfe_hpc.ranks", str(folder.path)]
     rank = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
-    while rank.poll() is None and folder.promised(OVER) is None:
+    while rank.poll() is None and folder.promised("debug-over") is None:
         time.sleep(_POLL_S)
     rank.kill()  # it waits for rank 0, which is gone, and has nothing to save
     rank.wait()

@@ -52,6 +52,11 @@ def a_shell_starts_the_job_as_often_as_one_likes(stage: Stage) -> None:
         shown.expect_exact(PROMPT)
         shown.sendline("exit")
         assert ended(shown) == 0
+    refused = ("debug", path, "--site", site_file(stage.folder), "--set", "resources.constraint=nowhere")
+    with dialogue(*refused, cwd=stage.folder, env=stage.cluster.env) as shown:
+        shown.expect_exact("Invalid feature specification")
+        shown.expect_exact("error: srun: gave no session")
+        assert ended(shown) == 3
     (status,) = json.loads(stage.cfe("status", "--json").stdout)
     assert (status["state"], status["reason"]) == ("CANCELLED", "the debug session has ended")
 
