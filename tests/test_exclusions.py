@@ -140,6 +140,14 @@ def test_what_the_site_excludes_by_itself_stays_excluded(tmp_path: Path) -> None
     assert exclude_option(folder, spec.plan) == ["--exclude=n4,n[1-2]"]  # down, and perhaps back when the job begins
 
 
+@pytest.mark.parametrize(("queue", "asked"), [("gpu", "-h -N -p gpu -o %N %t"), ("", "-h -N -o %N %t")])
+def test_a_job_that_names_no_partition_might_get_any_node(tmp_path: Path, told: Path, queue: str, asked: str) -> None:
+    folder, spec = slurm_run(tmp_path, nodes=1, queue=queue)
+    exclude(runs_root(folder), exclusion("n1"))
+    assert exclude_option(folder, spec.plan) == ["--exclude=n1"]
+    assert (told / "asked").read_text().splitlines()[0] == asked
+
+
 def test_without_an_answer_of_slurm_nothing_is_avoided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, spec = slurm_run(tmp_path)
     exclude(runs_root(folder), exclusion("n1"))
