@@ -44,6 +44,7 @@ def _requeue_sweep(sweep: RunFolder, args: argparse.Namespace) -> int:
     """All that run save and go back to the queue, all that failed or are held are sent again."""
     from cfe_hpc.cli.sweep_status import read
     from cfe_hpc.errors import SchedulerError, UsageError
+    from cfe_hpc.launch.ending import behind, send_followers
     from cfe_hpc.launch.sweep import retry_tasks, save_tasks
 
     if sweep.promised("cancel") is not None:
@@ -54,9 +55,11 @@ def _requeue_sweep(sweep: RunFolder, args: argparse.Namespace) -> int:
     told = save_tasks(sweep)
     again = [task.task for task in tasks if task.status.state in ("FAILED", "HELD")]
     job_ids = retry_tasks(sweep, again).job_ids if again else ()
+    followers = send_followers(sweep)
     if args.json:
         document = {"sweep_id": sweep.run_id, "signalled": told, "resubmitted": again, "job_ids": list(job_ids)}
-        common.print_json(document)
+        common.print_json({**document, "followers": followers})
     else:
-        print(f"{sweep.run_id}: {len(told)} tasks save and go back to the queue, {len(again)} are sent again")
+        numbers = f"{len(told)} tasks save and go back to the queue, {len(again)} are sent again"
+        print(f"{sweep.run_id}: {numbers}{behind(followers)}")
     return 0

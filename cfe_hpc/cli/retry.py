@@ -45,20 +45,25 @@ def run(args: argparse.Namespace) -> int:
         raise SchedulerError("; ".join(failures))
     numbers = [task.task for task in select(tasks, args)]
     job_ids: tuple[str, ...] = ()
+    followers: list[str] = []
     if numbers and not args.dry_run:
+        from cfe_hpc.launch.ending import send_followers
         from cfe_hpc.launch.sweep import retry_tasks
 
         job_ids = retry_tasks(sweep, numbers).job_ids
+        followers = send_followers(sweep)
     if args.json:
         document = {"sweep_id": sweep.run_id, "run_dir": str(sweep.path), "job_ids": list(job_ids), "tasks": numbers}
+        document["followers"] = followers
         common.print_json({**document, "dry_run": True} if args.dry_run else document)
     elif not numbers:
         print(f"{sweep.run_id}: no task to send again")
     else:
+        from cfe_hpc.launch.ending import behind
         from cfe_hpc.ranks.array_states import ranges
 
         how = "would go" if args.dry_run else f"go on as job {' '.join(job_ids)}:"
-        print(f"{sweep.run_id}: {how} {len(numbers)} tasks: {ranges(numbers)}")
+        print(f"{sweep.run_id}: {how} {len(numbers)} tasks: {ranges(numbers)}{behind(followers)}")
     sys.stdout.flush()
     return 0
 

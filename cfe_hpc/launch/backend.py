@@ -31,8 +31,11 @@ class Backend(Protocol):
         """Send the folder's submission.sh once more, as a job whose first attempt has number `next_attempt`, to start
         when all runs of `after`, none of which has ended, have completed."""
 
-    def submit_tasks(self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int]) -> list[str]:
-        """Send tasks of a sweep by the submission.sh that `submit` wrote; the ids of the jobs, recorded in control/.
+    def submit_tasks(
+        self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int], *, after: Sequence[RunFolder] = ()
+    ) -> list[str]:
+        """Send tasks of a sweep by the submission.sh that `submit` wrote, to start when all runs of `after`, none of
+        which has ended, have completed; the ids of the jobs, recorded in control/.
 
         Raises:
             SchedulerError: as `submit`; nothing was sent.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["Outcome", "cancel", "requeue"]
+__all__ = ["Outcome", "behind", "cancel", "requeue", "send_followers"]
 
 _ENDING_S = 30.0
 _OVER: tuple[RunState, ...] = ("COMPLETED", "FAILED", "CANCELLED")
@@ -134,7 +135,8 @@ def _nudge(folder: RunFolder, spec: RunSpec, backend: Backend, job: dict[str, ob
 
 def _never_started(folder: RunFolder, spec: RunSpec) -> bool:
     """Whether the run has waited in vain for others, and nobody has cancelled it."""
-    return bool(spec.after) and latest_attempt(folder) is None and folder.promised("cancel") is None
+    begun = latest_attempt(folder) is not None or folder.tasks()
+    return bool(spec.after) and not begun and folder.promised("cancel") is None
 
 
 def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
@@ -142,24 +144,37 @@ def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
     job_id = _send_again(folder, spec, backend)
     if spec.site.scheduler == "slurm" and before is not None:
         move_dependents(before, job_id)  # those that Slurm has not dropped yet
-    followers = _send_followers(folder, backend)
-    behind = f"; {', '.join(followers)} follow it" if followers else ""
-    text = f"{folder.run_id}: goes on as job {job_id}{behind}"
+    followers = send_followers(folder.top)
+    text = f"{folder.run_id}: goes on as job {job_id}{behind(followers)}"
     return Outcome(action="resubmitted", job_id=job_id, text=text, followers=tuple(followers))
 
 
-def _send_followers(folder: RunFolder, backend: Backend) -> list[str]:
-    """Send the runs again that were to follow one that ended badly, and those that were to follow them; their ids."""
+def behind(followers: Sequence[str]) -> str:
+    """The end of a sentence about what was sent again, and these runs with it."""
+    return f"; {', '.join(followers)} follow it" if followers else ""
+
+
+def send_followers(folder: RunFolder) -> list[str]:
+    """Send the runs again that were to follow one that ended badly, and goes on now, and those that were to follow
+    them; their ids.
+
+    Raises:
+        SchedulerError: the scheduler refused or cannot be reached.
+    """
     sent = []
     for follower in dependents(folder):
         spec = RunSpec.read(follower.run_toml)
+        backend = backend_for(spec.site.scheduler)
         if not _never_started(follower, spec) or _is_live(follower, backend):
             continue
         upstream = [RunFolder(Path(path)) for path in spec.after]
         # One that was to follow this run, too, brings its own followers when its turn has come.
         if all((each.result() or {}).get("state") == "COMPLETED" or _is_live(each, backend) for each in upstream):
-            _send_again(follower, spec, backend)
-            sent += [follower.run_id, *_send_followers(follower, backend)]
+            try:
+                _send_again(follower, spec, backend)
+            except UsageError:  # tasks of a sweep that it waits for have ended badly, and were not sent again
+                continue
+            sent += [follower.run_id, *send_followers(follower)]
     return sent
 
 
@@ -177,7 +192,12 @@ def _send_again(folder: RunFolder, spec: RunSpec, backend: Backend) -> str:
     result, held = folder.result(), folder.promised("held")
     folder.reopen()
     try:
-        job_id = backend.resubmit(spec, folder, next_attempt=unused_attempt(folder), after=after)
+        if folder.is_sweep:
+            from cfe_hpc.config.tasks import Tasks  # late: few runs are sweeps
+
+            job_id = backend.submit_tasks(spec, folder, range(Tasks.read(folder.sweep_json).tasks), after=after)[0]
+        else:
+            job_id = backend.resubmit(spec, folder, next_attempt=unused_attempt(folder), after=after)
     except SchedulerError:
         if held is not None:
             folder.promise("held", **held)

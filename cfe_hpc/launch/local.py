@@ -56,7 +56,9 @@ class LocalBackend:
         # The script itself says what it waits for.
         return _start(folder, attempt_base=next_attempt)
 
-    def submit_tasks(self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int]) -> list[str]:
+    def submit_tasks(
+        self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int], *, after: Sequence[RunFolder] = ()
+    ) -> list[str]:
         return [_start(sweep, attempt_base=0, tasks=ranges(tasks))]
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:

@@ -259,11 +259,13 @@ class SlurmBackend:
         keep_up(after, options)
         return job_id
 
-    def submit_tasks(self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int]) -> list[str]:
+    def submit_tasks(
+        self, spec: RunSpec, sweep: RunFolder, tasks: Sequence[int], *, after: Sequence[RunFolder] = ()
+    ) -> list[str]:
         from cfe_hpc.launch.arrays import send_tasks  # late: few jobs are sweeps
 
         forget_queue()
-        return send_tasks(spec, sweep, tasks)
+        return send_tasks(spec, sweep, tasks, options=dependency(after))
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         return queue(job["job_id"] for job in jobs)

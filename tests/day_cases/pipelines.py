@@ -111,7 +111,29 @@ def cancelling_a_stage_cancels_what_follows(stage: Stage) -> None:
     assert (latest_job(third.folder) or {})["job_id"] == third.job_id
 
 
+# One task fails until there is a file.
+UNTIL_MENDED = "import os, sys; sys.exit(sys.argv[1] == '1' and not os.path.exists('mended'))"
+
+
+def a_sweep_in_a_chain_lets_it_go_on_when_its_last_task_is_mended(stage: Stage) -> None:
+    program = [sys.executable, "-c", UNTIL_MENDED, "{params.x}"]
+    sweep = {"name": "sweep", "command": program, "params": {"x": 0}, "sweep": {"axes": {"params.x": [0, 1, 2]}}}
+    first, second, third = submit(
+        stage, "gpu", sweep, {"name": "best", "command": ["ls", "{stage.sweep.run_dir}"]}, {"name": "end"}
+    )
+    assert stage.status(second)["reason"] == f"waits for {first.run_id}"
+    assert stage.cluster.wait_for_end(second.job_id) == stage.cluster.wait_for_end(third.job_id) == "CANCELLED"
+    assert stage.status(third)["reason"].startswith(f"never started: {first.run_id} ended FAILED: tasks: 1 FAILED")
+    (stage.folder / "mended").touch()
+    retried = json.loads(stage.cfe("retry", first.run_id, "--failed", "--json").stdout)
+    assert (retried["tasks"], retried["followers"]) == ([1], [second.run_id, third.run_id])
+    for run in (first, second, third):
+        completed(run)
+    assert "sweep.json" in second.log("out")
+
+
 CASES = [
+    a_sweep_in_a_chain_lets_it_go_on_when_its_last_task_is_mended,
     a_chain_goes_on_behind_a_successor,
     a_chain_survives_a_requeue_and_hands_its_files_on,
     a_failure_stops_what_follows_and_a_requeue_brings_it_back,
