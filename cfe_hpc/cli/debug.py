@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from cfe_hpc.launch.debug import attach, attachment
+    from cfe_hpc.launch.attaching import attach, attachment
 
     folder = common.find_run(args, args.attach)
     attached = attachment(folder, args.rank or 0)
@@ -62,12 +62,13 @@ def _attach(args: argparse.Namespace) -> int:
 def _debug(args: argparse.Namespace) -> int:
     from cfe_hpc.cli.submit_sweep import first_task
     from cfe_hpc.launch import debug
+    from cfe_hpc.launch.plan import plan
     from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.launch.submission import prepare, preview
 
     work_tree = WorkTree(Path.cwd())
     loaded = debug.shrink(first_task(common.load_job(args)), ranks=args.ranks, time_s=_time_s(args.time))
-    planned = debug.debug_plan(loaded)
+    planned = plan(loaded.job, loaded.site, loaded.origins)
     if args.dry_run:
         spec, folder, _ = preview(loaded, planned, work_tree)
         print(shlex.join(debug.session_argv(spec, folder)), end="\n\n")

@@ -6,38 +6,35 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import FrameType
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from cfe_hpc.config.load import Loaded
-from cfe_hpc.config.run import Plan, RunSpec
+from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
-from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.localranks import place_variables
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.launch.script import exports, imports, prologue
+from cfe_hpc.launch.terminal import in_terminal
 from cfe_hpc.process import start_ticks
 from cfe_hpc.ranks.child import die_with_parent
-from cfe_hpc.ranks.nodelist import expand
 from cfe_hpc.ranks.successor import clean_environment, record_job
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder, safe_name
 from cfe_hpc.units import slurm_time
 
-__all__ = ["Attached", "attach", "attachment", "debug_plan", "hold_session", "session_argv", "session_script", "shrink"]
+__all__ = ["hold_session", "session_argv", "session_script", "shrink"]
 
-DEFAULT_TIME_S = 3600.0
+_DEFAULT_TIME_S = 3600.0
 
 _END_S = 10.0
-"""For what is told to end, until it is killed."""
+"""For the other ranks, when the session is over, until they are killed."""
 
 
 def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
@@ -74,14 +71,9 @@ def shrink(loaded: Loaded, *, ranks: int, time_s: float | None) -> Loaded:
     if resources.memory is not None:
         wanted["memory"] = resources.memory * each // planned.devices_per_node
     qos = site.qos.get(resources.qos or site.partitions[name].qos or "")
-    limits = (DEFAULT_TIME_S, site.partitions[name].time_limit, None if qos is None else qos.time_limit)
+    limits = (_DEFAULT_TIME_S, site.partitions[name].time_limit, None if qos is None else qos.time_limit)
     wanted["time"] = min(limit for limit in limits if limit is not None) if time_s is None else time_s
     return replace(loaded, job=job.model_copy(update={"resources": resources.model_copy(update=wanted)}))
-
-
-def debug_plan(loaded: Loaded) -> Plan:
-    """The plan of a job that `shrink` made. Raises as `launch.plan.plan`."""
-    return plan(loaded.job, loaded.site, loaded.origins)
 
 
 def session_script(spec: RunSpec, folder: RunFolder, *, shell: bool) -> str:
@@ -147,7 +139,7 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
         record_job(folder, job_id=f"local-{os.getpid()}", scheduler="local", attempt_base=0, **facts)
     try:
         with _other_ranks(spec, folder):
-            code = _in_terminal(session_argv(spec, folder), _environment(spec, 0))
+            code = in_terminal(session_argv(spec, folder), _environment(spec, 0))
     finally:
         begun = _close(folder)
     if not begun:
@@ -202,93 +194,3 @@ def _other_ranks(spec: RunSpec, folder: RunFolder) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-class _Told(Exception):
-    """This process is told to end: by `cancel RUN`, or by a terminal that has gone."""
-
-
-def _in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone."""
-
-    def told(signum: int, frame: FrameType | None) -> None:
-        raise _Told
-
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    program = None
-    try:
-        program = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=_hear_again)
-        status = program.wait()
-    except _Told:
-        status = -signal.SIGTERM if program is None else _end(program)
-    except FileNotFoundError:
-        raise SchedulerError(
-            f"{argv[0]}: command not found; debug from a machine that has Slurm's commands, or use --site local"
-        ) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 - status if status < 0 else status
-
-
-def _hear_again() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    die_with_parent()
-
-
-def _end(program: subprocess.Popen[bytes]) -> int:
-    program.terminate()
-    try:
-        return program.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        program.kill()  # what it has started dies with it
-        return program.wait()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attached:
-    """How to get a shell beside a rank of a running run.
-
-    Attributes:
-        argv: what starts it in this terminal.
-        node: the rank's node.
-    """
-
-    argv: tuple[str, ...]
-    node: str
-
-
-def attachment(folder: RunFolder, rank: int) -> Attached:
-    """The way to `rank` of a run. Asks the scheduler once.
-
-    Raises:
-        UsageError: the run does not run, or has no such rank.
-        SchedulerError: the scheduler gives no answer.
-    """
-    spec, job, result = RunSpec.read(folder.run_toml), latest_job(folder), folder.result()
-    if result is not None:
-        raise UsageError(f"{folder.run_id}: has ended ({result.get('state')}); see `cfe-hpc logs {folder.run_id}`")
-    known = None if job is None else backend_for(str(job["scheduler"])).states([job]).get(str(job["job_id"]))
-    if job is None or known is None or known.state != "RUNNING":
-        told = "no job" if known is None else f"{known.state}{known.reason and ', '}{known.reason}"
-        raise UsageError(f"{folder.run_id}: does not run ({told}); see `cfe-hpc status {folder.run_id}`")
-    if not 0 <= rank < spec.plan.world_size:
-        raise UsageError(
-            f"--rank: {folder.run_id} has ranks 0 to {spec.plan.world_size - 1} ({rank}); give one of them"
-        )
-    words = [spec.provenance.batch_python, "-m", "cfe_hpc.ranks.attaching", str(folder.path), "--rank", str(rank)]
-    # Nothing is prepared or verified: the rank that runs has its environment, and its run must not be told a failure.
-    shell = ["bash", "-c", _script(*imports(spec), f"exec {shlex.join(words)}")]
-    if job["scheduler"] != "slurm":
-        return Attached(argv=tuple(shell), node=str(job["host"]))
-    nodes = expand(known.nodes)
-    node = nodes[min(rank // spec.plan.devices_per_node, len(nodes) - 1)]
-    step = ["srun", f"--jobid={job['job_id']}", "--overlap", "--pty", "--nodes=1", "--ntasks=1", f"--nodelist={node}"]
-    return Attached(argv=(*step, "--export=ALL", *shell), node=node)
-
-
-def attach(attached: Attached) -> int:
-    """Hold the shell in this terminal until its user leaves it; its status. Raises SchedulerError: srun is missing."""
-    return _in_terminal(attached.argv, clean_environment(os.environ))

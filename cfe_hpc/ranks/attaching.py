@@ -37,19 +37,19 @@ class RankProcess:
     facts: RankFacts
 
 
-def rank_process(run_dir: Path, rank: int, *, node: str | None = None) -> RankProcess | None:
+def rank_process(folder: RunFolder, rank: int, *, node: str | None = None) -> RankProcess | None:
     """The process of `rank` on this node: the program of a `command` job, else the rank's own; None without one.
 
     Args:
         node: Slurm's name of this node, where several may be on one machine.
     """
-    found = [process for process in _processes(run_dir, node) if process.facts.rank == rank]
+    found = [process for process in _processes(folder.run_id, node) if process.facts.rank == rank]
     programs = [process for process in found if "RANK" in process.environment]
     # The oldest: workers and writers of checkpoints are its children, in the same environment.
     return min(programs or found, key=lambda process: start_ticks(process.pid) or math.inf, default=None)
 
 
-def _processes(run_dir: Path, node: str | None) -> Iterator[RankProcess]:
+def _processes(run_id: str, node: str | None) -> Iterator[RankProcess]:
     for entry in _PROC.iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -60,7 +60,7 @@ def _processes(run_dir: Path, node: str | None) -> Iterator[RankProcess]:
             continue
         environment = {os.fsdecode(name): os.fsdecode(value) for name, _, value in (p.partition(b"=") for p in pairs)}
         # By the run's id: the folder may have been reached by another path.
-        ours = Path(environment.get("CFE_RUN_DIR", "")).name == run_dir.name
+        ours = RunFolder(Path(environment.get("CFE_RUN_DIR", ""))).run_id == run_id
         here = node is None or environment.get("SLURMD_NODENAME") == node
         is_rank = b"cfe_hpc.ranks" in words or b"cfe_hpc.ranks.debugging" in words or "RANK" in environment
         if ours and here and is_rank and _ATTACHED not in environment:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _attach(folder: RunFolder, rank: int) -> int:
     spec = RunSpec.read(folder.run_toml)
     node = os.environ.get("SLURMD_NODENAME")
-    process = rank_process(folder.path, rank, node=node)
+    process = rank_process(folder, rank, node=node)
     if process is None:
         raise RunFailed(f"{folder.run_id}: rank {rank} has no process on this node; look into `cfe-hpc logs` for it")
     os.chdir(spec.provenance.start_folder)

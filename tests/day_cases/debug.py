@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from dialogue import dialogue, ended
 from spine.harness import site_file, write_job
 from spine.stage import Stage, assert_counted
 
+from cfe_hpc.runfolder import RunFolder
+
+WHOLE_NODE = {"nodes": 1, "devices_per_node": 1, "cpus_per_device": 8, "time": "20m", "partition": "gpu"}
 PDB = "(Pdb) "
 PROMPT = "$ "
 
@@ -76,7 +80,30 @@ def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
     assert f"error: {run.run_id}: has ended (COMPLETED)" in refused.stderr
 
 
+def a_task_of_a_sweep_is_reached_by_its_number(stage: Stage) -> None:
+    path = job(stage, resources=WHOLE_NODE, params={"steps": 400, "pause_s": 0.2, "variant": "a"})
+    words = ("--site", site_file(stage.folder), "--sweep", "params.variant=a,b", "--json")
+    told = json.loads(stage.cfe("submit", path, *words).stdout)
+    task = RunFolder(stage.folder / told["run_dir"]).task(1)
+    try:
+        deadline = time.monotonic() + 60
+        while not any(True for _ in task.heartbeats()):
+            assert time.monotonic() < deadline, list(task.events())
+            time.sleep(0.1)
+        with dialogue("debug", "--attach", task.run_id, cwd=stage.folder, env=stage.cluster.env) as shown:
+            shown.expect_exact(PROMPT)
+            shown.sendline('echo "$RANK of $WORLD_SIZE in $SLURM_ARRAY_JOB_ID: $CFE_RUN_DIR"')
+            shown.expect_exact(f"0 of 1 in {told['job_id']}: {task.path}")
+            shown.expect_exact(PROMPT)
+            shown.sendline("exit")
+            assert ended(shown) == 0
+        assert task.result() is None
+    finally:
+        stage.cfe("cancel", told["sweep_id"])
+
+
 CASES = [
+    a_task_of_a_sweep_is_reached_by_its_number,
     pdb_holds_the_first_of_two_ranks_in_the_debug_partition,
     a_shell_starts_the_job_as_often_as_one_likes,
     a_shell_beside_a_running_rank_leaves_it_alone,

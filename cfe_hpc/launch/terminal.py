@@ -1,0 +1,65 @@
+"""A program that has this terminal until it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from cfe_hpc.errors import SchedulerError
+from cfe_hpc.ranks.child import die_with_parent
+
+__all__ = ["in_terminal"]
+
+_END_S = 10.0
+"""For a program that is told to end, until it is killed."""
+
+
+class _Told(Exception):
+    """This process is told to end: by `cancel RUN`, or by a terminal that has gone."""
+
+
+def in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone.
+
+    When this process is told to end (TERM, or HUP of a terminal that has gone) the program ends first.
+
+    Raises:
+        SchedulerError: there is no such program.
+    """
+
+    def told(signum: int, frame: FrameType | None) -> None:
+        raise _Told
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program = None
+    try:
+        program = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=_hear_again)
+        status = program.wait()
+    except _Told:
+        status = -signal.SIGTERM if program is None else _end(program)
+    except FileNotFoundError:
+        raise SchedulerError(
+            f"{argv[0]}: command not found; debug from a machine that has Slurm's commands, or use --site local"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - status if status < 0 else status
+
+
+def _hear_again() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent()
+
+
+def _end(program: subprocess.Popen[bytes]) -> int:
+    program.terminate()
+    try:
+        return program.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        program.kill()  # what it has started dies with it
+        return program.wait()
