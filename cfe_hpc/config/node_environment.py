@@ -17,7 +17,7 @@ __all__ = ["Container", "Environment", "environment_problems", "expand_path", "m
 Report = Callable[..., Problem]
 Key = tuple[str | int, ...]
 
-_MOUNT = re.compile(r"(?P<source>[^:,]+)(?::(?P<target>/[^:,]*))?(?::(?P<options>[a-z]+(?:\+[a-z]+)*))?")
+_MOUNT = re.compile(r"(?P<source>[^:,]+)(?::(?P<target>/[^:,]*)(?::(?P<options>[a-z]+(?:\+[a-z]+)*))?)?")
 _OPTION = re.compile(r"--?[A-Za-z][A-Za-z0-9-]*(=.*)?", re.DOTALL)
 
 

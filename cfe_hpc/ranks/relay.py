@@ -69,7 +69,7 @@ def serve(parent: int) -> tuple[str, int]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # it is when a job is being ended that ranks have something to ask
     with open(os.devnull, "r+b") as nothing:
-        for stream in (0, 1):  # what reads the first line waits for the end of it
+        for stream in (0, 1, 2):  # what reads the first line waits for the end of it
             os.dup2(nothing.fileno(), stream)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while os.path.exists(f"/proc/{parent}"):
