@@ -18,11 +18,11 @@ from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.launch.planner import survey
-from cfe_hpc.launch.planner.facts import read_facts
 from cfe_hpc.launch.planner.obstacles import obstacles
-from cfe_hpc.launch.planner.proposals import Proposal
+from cfe_hpc.launch.planner.proposals import Proposal, judged
+from cfe_hpc.launch.planner.reading import read_facts
 from cfe_hpc.launch.provenance import WorkTree
-from cfe_hpc.launch.submission import submit
+from cfe_hpc.launch.submission import preview, submit
 from cfe_hpc.units import epoch_s
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -118,15 +118,13 @@ NEVER = {
 }
 """Jobs that never start, or are refused."""
 
-NOW = {
+NOW: dict[str, dict[str, Any]] = {
     "plain": {"nodes": 1},
     "all-nodes": {"nodes": 4},
     "all-devices": {"nodes": 2, "devices_per_node": 4},
-    "spot": {"partition": "spot"},
     "gaudi": {"partition": "gaudi", "devices_per_node": 8},
     "small": {"partition": "small", "time": "1h"},
     "qos": {"qos": "short", "time": "10m"},
-    "account": {"account": "one-node"},
     "auto": {"partition": "auto"},
 }
 """Jobs that start at once."""
@@ -140,11 +138,11 @@ class Place:
     folder: Path
 
     def job(self, resources: dict[str, Any], launch: dict[str, Any] | None = None) -> Loaded:
-        """A job that waits to be cancelled."""
+        """A job that ends as soon as it has started."""
         asked = {"partition": "gpu", "nodes": 1, "devices_per_node": 1, "cpus_per_device": 1, "time": "10m"}
         table = {
             "name": "tried",
-            "command": ["sleep", "300"],
+            "command": ["true"],
             "resources": {**asked, **resources},
             "launch": launch or {},
         }
@@ -175,11 +173,32 @@ class Place:
         while not said() and time.monotonic() < deadline:
             time.sleep(0.2)
 
+    def starts(self, loaded: Loaded) -> None:
+        """Send what the job asks for, with nothing to do; fails unless it starts at once, in the partition it names."""
+        _, _, script = preview(loaded, plan(loaded.job, loaded.site), WorkTree(self.folder))
+        kept = [line for line in script.splitlines() if line.startswith("#") and "--error" not in line]
+        path = self.folder / "nothing.sh"
+        path.write_text("\n".join([*kept, "#SBATCH --output=/dev/null", "true", ""]), encoding="utf-8")
+        job_id = self.cluster.sbatch(str(path))
+        self.cluster.wait_for_state(job_id, "RUNNING", "COMPLETED", timeout_s=15)
+        assert self.cluster.job(job_id)["Partition"] == loaded.job.resources.partition
+        self.cluster.wait_for_end(job_id)
+
     @contextlib.contextmanager
-    def sent(self, loaded: Loaded) -> Iterator[str]:
-        """A job that is cancelled afterwards."""
+    def pending(self, loaded: Loaded) -> Iterator[str]:
+        """A job that never gets to start; its id."""
         job_id = self.send(loaded)
         try:
+            yield job_id
+        finally:
+            self.cluster.scancel(job_id)
+
+    @contextlib.contextmanager
+    def holding(self, *options: str) -> Iterator[str]:
+        """Someone else's job, which runs; its id."""
+        job_id = self.cluster.sbatch("-o", "/dev/null", *options, "--wrap", "exec sleep 300")
+        try:
+            self.cluster.wait_for_state(job_id, "RUNNING", timeout_s=15)
             yield job_id
         finally:
             self.cluster.scancel(job_id)
@@ -197,7 +216,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             cluster.run("sacctmgr", "-i", "add", "qos", name, *options_of.split())
         for name, limits in ACCOUNTS.items():
             cluster.run("sacctmgr", "-i", "add", "account", name, *limits.split())
-            cluster.run("sacctmgr", "-i", "add", "user", "root", f"account={name}")
+        cluster.run("sacctmgr", "-i", "add", "user", "root", f"account={','.join(ACCOUNTS)}")
         mine = ",".join(name for name in QOS if name != "not-mine")
         cluster.run("sacctmgr", "-i", "modify", "user", "root", "set", f"qos+={mine}")
         for name, options_of in PARTITIONS.items():
@@ -216,9 +235,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def tried(place: Place) -> dict[str, tuple[Proposal, str, str]]:
     """(verdict, reason predicted, what Slurm said) of each job that never starts. They are all sent before any is
     looked at: none of them is in the way of another."""
-    verdicts, said, jobs = {}, dict[str, str](), dict[str, str]()
+    verdicts, said, jobs = dict[str, Proposal](), dict[str, str](), dict[str, str]()
+    facts, now_s = read_facts(), time.time()
     for name, row in NEVER.items():
-        loaded, *verdicts[name] = place.predict(place.job(row.resources, row.launch))
+        loaded = place.job(row.resources, row.launch)
+        ask, partition = survey.question_of(loaded, WorkTree(place.folder)), loaded.job.resources.partition
+        assert partition is not None
+        verdicts[name] = judged(loaded, partition, facts=facts, ask=ask, now_s=now_s)
         try:
             jobs[name] = place.send(loaded)
         except SchedulerError as error:
@@ -232,7 +255,7 @@ def tried(place: Place) -> dict[str, tuple[Proposal, str, str]]:
 
     place.settles(looked_at)
     place.cluster.tidy(set())
-    return {name: (*verdict, said[name]) for name, verdict in verdicts.items()}  # type: ignore[misc]
+    return {name: (verdict, verdict.reason(now_s), said[name]) for name, verdict in verdicts.items()}
 
 
 @pytest.mark.parametrize("name", NEVER)
@@ -251,26 +274,22 @@ def test_what_starts_now_starts_now(place: Place, name: str) -> None:
     loaded, verdict, predicted = place.predict(place.job(NOW[name]))
     assert (verdict.possible, verdict.obstacles, predicted) == (True, (), "None")
     assert verdict.start_s is not None and verdict.start_s < time.time() + 60
-    with place.sent(loaded) as job_id:
-        place.cluster.wait_for_state(job_id, "RUNNING", timeout_s=15)
-        assert place.cluster.job(job_id)["Partition"] == verdict.partition
+    place.starts(loaded)
 
 
 def test_what_waits_for_nodes_says_until_when_and_where_it_need_not(place: Place) -> None:
-    with place.sent(place.job({"nodes": 4, "cpus_per_device": 8, "time": "15m"})) as first:
-        place.cluster.wait_for_state(first, "RUNNING", timeout_s=15)
+    with place.holding("-p", "gpu", "-N4", "--exclusive", "-t", "15") as first:
         ends_s = epoch_s(place.cluster.job(first)["EndTime"])
         loaded, verdict, predicted = place.predict(place.job({}))
         assert (verdict.possible, predicted, verdict.start_s) == (True, "Resources", ends_s)
-        with place.sent(loaded) as job_id:
-            place.settles(lambda: place.reason(job_id) == "Resources")
+        with place.pending(loaded) as job_id:
+            place.settles(lambda: epoch_s(place.cluster.job(job_id)["StartTime"]) is not None)
             assert place.reason(job_id) == "Resources"
             assert epoch_s(place.cluster.job(job_id)["StartTime"]) == verdict.start_s
         # The best partition is another one then, and Slurm agrees.
         chosen, verdict, predicted = place.predict(place.job({"partition": "auto"}))
         assert (chosen.job.resources.partition, predicted) == ("gaudi", "None")
-        with place.sent(chosen) as job_id:
-            place.cluster.wait_for_state(job_id, "RUNNING", timeout_s=15)
+        place.starts(chosen)
 
 
 def test_a_maintenance_is_waited_for_and_a_shorter_job_is_not(place: Place) -> None:
@@ -281,16 +300,15 @@ def test_a_maintenance_is_waited_for_and_a_shorter_job_is_not(place: Place) -> N
         [obstacle] = verdict.obstacles
         assert (obstacle.limit, obstacle.for_ever, predicted) == ("reservation", False, "ReqNodeNotAvail")
         assert verdict.start_s == obstacle.until_s
-        with place.sent(loaded) as job_id:
+        with place.pending(loaded) as job_id:
             place.settles(lambda: place.reason(job_id).startswith("ReqNodeNotAvail"))
             assert place.reason(job_id).startswith("ReqNodeNotAvail")
         found = survey.survey_all(place.job({"nodes": 4, "time": "2h", "partition": "gpu"}), WorkTree(place.folder))
         shorter = next(each for each in found.proposals if each.partition == "gpu" and each.changes)
         assert shorter.changes == {"time": 1800.0} and shorter.reason(found.now_s) == "None"
         loaded, _, predicted = place.predict(place.job({"nodes": 4, "time": "30m"}))
-        with place.sent(loaded) as job_id:
-            place.cluster.wait_for_state(job_id, "RUNNING", timeout_s=15)
         assert predicted == "None"
+        place.starts(loaded)
     finally:
         place.cluster.scontrol("delete", "ReservationName=maint")
 
@@ -308,11 +326,10 @@ def test_what_one_has_in_use_counts(place: Place) -> None:
         "MaxJobs=1",
         "MaxSubmitJobs=2",
     )
-    with place.sent(place.job({"account": "single"})) as first:
-        place.cluster.wait_for_state(first, "RUNNING", timeout_s=15)
+    with place.holding("--account=single", "-t", "10"):
         loaded, verdict, predicted = place.predict(place.job({"account": "single"}))
         assert (predicted, verdict.possible, verdict.start_s) == ("AssocMaxJobsLimit", True, None)
-        with place.sent(loaded) as second:
+        with place.pending(loaded) as second:
             place.settles(lambda: place.reason(second) == predicted)
             assert place.reason(second) == predicted
             loaded, verdict, predicted = place.predict(loaded)

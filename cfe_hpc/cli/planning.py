@@ -16,26 +16,26 @@ __all__ = ["outlook_rows", "table"]
 
 def outlook_rows(loaded: Loaded, planned: Plan, outlook: Outlook) -> list[tuple[str, str]]:
     """(word, what it says) of the job's memory, start and cost."""
-    from cfe_hpc.launch.planner.survey import start_text
+    from cfe_hpc.launch.planner.survey import price_text, start_text
 
     rows = [("estimate", _memory_text(loaded, planned, outlook.memory))]
     if loaded.site.scheduler == "slurm":
         rows.append(("start", start_text(outlook.own, outlook)))
-    if outlook.own.cost is not None:
-        rows.append(("cost", f"{_price(outlook.own.cost, loaded)} for one full attempt"))
+    price = price_text(outlook.own, loaded)
+    if price:
+        rows.append(("cost", f"{price} for one full attempt"))
     return rows
 
 
 def table(survey: Survey, loaded: Loaded) -> list[str]:
     """Every way to run the job, a line each, the best first; what cannot be says why, and what to do."""
     from cfe_hpc.launch.planner.proposals import job_changes
-    from cfe_hpc.launch.planner.survey import start_text
+    from cfe_hpc.launch.planner.survey import price_text, start_text
 
     rows = [("partition", "nodes x devices", "time", "cost", "start")]
     for proposal in survey.proposals:
         shown = _shape(proposal)
-        cost = "" if proposal.cost is None else _price(proposal.cost, loaded)
-        rows.append((proposal.partition, *shown, cost, start_text(proposal, survey)))
+        rows.append((proposal.partition, *shown, price_text(proposal, loaded), start_text(proposal, survey)))
         if proposal.changes:
             rows[-1] = (*rows[-1][:4], f"{rows[-1][4]}, with {job_changes(proposal.changes)}")
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -53,10 +53,6 @@ def _shape(proposal: Proposal) -> tuple[str, str]:
     time_s = proposal.plan.time_s
     shape = f"{proposal.plan.nodes} x {proposal.plan.devices_per_node}"
     return shape, "no limit" if time_s is None else format_duration(time_s)
-
-
-def _price(cost: float, loaded: Loaded) -> str:
-    return f"{cost:.2f} {loaded.site.cost.currency}".rstrip()
 
 
 def _memory_text(loaded: Loaded, planned: Plan, estimate: MemoryEstimate | None) -> str:

@@ -45,7 +45,9 @@ def activation_bytes(params: Params, *, micro_batch: int, arithmetic: Arithmetic
     block = 2 * norm + attention + feed_forward
     # Of the logits the log-softmax alone stays, in fp32; for a moment they are there beside it, and in bf16 once more.
     logits = (8 if arithmetic == "fp32" else 10) * params.vocab_size
-    copies = 2 * params.layers * _matrices(params) if arithmetic == "autocast" else 0
+    # Autocast keeps its bf16 copies of the matrices.
+    matrices = params.layers * _matrices(params) + params.vocab_size * params.d_model
+    copies = 2 * matrices if arithmetic == "autocast" else 0
     return tokens * (params.layers * block + norm + logits) + copies
 
 

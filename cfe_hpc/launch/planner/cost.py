@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan
-from cfe_hpc.config.site import Qos
+from cfe_hpc.config.site import Qos, Site
 
-__all__ = ["billing_units", "cost_of_attempt", "demands"]
+__all__ = ["billing_hours", "billing_units", "cost_of_attempt", "demands"]
 
 
 def cost_of_attempt(loaded: Loaded, plan: Plan) -> float | None:
@@ -18,22 +18,36 @@ def cost_of_attempt(loaded: Loaded, plan: Plan) -> float | None:
     """
     site = loaded.site
     partition = site.partitions[plan.partition]
-    hardware = site.hardware[partition.hardware]
-    if plan.time_s is None:
-        return None
-    hours = plan.time_s / 3600
-    factor = site.qos.get(plan.qos or "", Qos()).cost_factor
-    if factor is None:
-        factor = 1.0
-    price = hardware.cost_per_node_hour if partition.cost_per_node_hour is None else partition.cost_per_node_hour
+    price = partition.cost_per_node_hour
+    if price is None:
+        price = site.hardware[partition.hardware].cost_per_node_hour
     if price is not None:
-        return price * plan.nodes * hours * factor
-    if site.cost.billing_unit_hour is None or not partition.billing_weights:
+        return None if plan.time_s is None else price * plan.nodes * plan.time_s / 3600 * _factor(site, plan)
+    hours = billing_hours(loaded, plan)
+    return None if hours is None or site.cost.billing_unit_hour is None else hours * site.cost.billing_unit_hour
+
+
+def billing_hours(loaded: Loaded, plan: Plan, *, live_weights: Mapping[str, float] | None = None) -> float | None:
+    """Billing units of one attempt that uses up its time, times hours; None where nothing is billed by units.
+
+    Args:
+        live_weights: those of the live Slurm, where the profile has none; that of memory for each GiB.
+    """
+    site = loaded.site
+    partition = site.partitions[plan.partition]
+    weights = partition.billing_weights or live_weights
+    if not weights or plan.time_s is None:
         return None
+    hardware = site.hardware[partition.hardware]
     whole = {"cpu": hardware.cores_per_node, "mem": hardware.memory / 2**20, "devices": hardware.devices_per_node}
     amounts = demands(plan, memory_mib=_memory_mib(loaded, plan), whole=whole if partition.exclusive else None)
-    units = billing_units(partition.billing_weights, amounts, dearest=bool(site.slurm.billing_max))
-    return units * site.cost.billing_unit_hour * hours * factor
+    units = billing_units(weights, amounts, dearest=bool(site.slurm.billing_max))
+    return units * plan.time_s / 3600 * _factor(site, plan)
+
+
+def _factor(site: Site, plan: Plan) -> float:
+    factor = site.qos.get(plan.qos or "", Qos()).cost_factor
+    return 1.0 if factor is None else factor
 
 
 def demands(plan: Plan, *, memory_mib: float | None, whole: Mapping[str, float] | None = None) -> dict[str, float]:

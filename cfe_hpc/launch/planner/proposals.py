@@ -14,7 +14,7 @@ from cfe_hpc.config.site import Site
 from cfe_hpc.errors import ConfigError, ImpossibleError, Problem
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.launch.planner.asking import Answer
-from cfe_hpc.launch.planner.cost import cost_of_attempt
+from cfe_hpc.launch.planner.cost import billing_hours, cost_of_attempt
 from cfe_hpc.launch.planner.facts import Facts
 from cfe_hpc.launch.planner.obstacle import Obstacle
 from cfe_hpc.launch.planner.obstacles import obstacles
@@ -46,6 +46,7 @@ class Proposal:
         obstacles: what stands against it, the worst first.
         start_s: when it would start, in seconds since the epoch; None when nobody was asked, or it never would.
         cost: of one full attempt, in the site's currency; None when not known.
+        billing_hours: what Slurm bills one full attempt: units times hours; None when not known.
     """
 
     partition: str
@@ -54,6 +55,7 @@ class Proposal:
     obstacles: tuple[Obstacle, ...] = ()
     start_s: float | None = None
     cost: float | None = None
+    billing_hours: float | None = None
 
     @property
     def possible(self) -> bool:
@@ -79,6 +81,7 @@ class Proposal:
             "reason": self.reason(now_s),
             "start_s": self.start_s,
             "cost": self.cost,
+            "billing_hours": self.billing_hours,
             "obstacles": [obstacle.as_json() for obstacle in self.obstacles],
         }
 
@@ -153,7 +156,13 @@ def judged(
         obstacles=tuple(found),
         start_s=start_s,
         cost=cost_of_attempt(there, planned),
+        billing_hours=billing_hours(there, planned, live_weights=_weights(planned, facts)),
     )
+
+
+def _weights(planned: Plan, facts: Facts | None) -> Mapping[str, float] | None:
+    there = None if facts is None else facts.partitions.get(planned.queue)
+    return None if there is None else there.weights
 
 
 def ranked(found: list[Proposal], site: Site, now_s: float) -> list[Proposal]:
@@ -169,6 +178,7 @@ def ranked(found: list[Proposal], site: Site, now_s: float) -> list[Proposal]:
             wait_s // SOON_S if wait_s != float("inf") else wait_s,
             bool(proposal.changes),
             float("inf") if proposal.cost is None else proposal.cost,
+            float("inf") if proposal.billing_hours is None else proposal.billing_hours,
             preempted,
             proposal.partition != site.default_partition,
             list(site.partitions).index(proposal.partition),

@@ -14,9 +14,10 @@ from cfe_hpc.errors import ImpossibleError, Problem, SchedulerError
 from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.plan import AUTO
 from cfe_hpc.launch.planner.asking import Answer, ask
-from cfe_hpc.launch.planner.facts import Facts, read_facts
+from cfe_hpc.launch.planner.facts import Facts
 from cfe_hpc.launch.planner.memory import MemoryEstimate, estimate
 from cfe_hpc.launch.planner.proposals import SOON_S, Proposal, adapted, job_changes, judged, proposals
+from cfe_hpc.launch.planner.reading import read_facts
 from cfe_hpc.launch.provenance import WorkTree
 from cfe_hpc.launch.submission import preview
 from cfe_hpc.runfolder import RunFolder
@@ -28,7 +29,9 @@ __all__ = [
     "best",
     "chooses",
     "outlook",
+    "price_text",
     "problems",
+    "question_of",
     "settle",
     "settled_on",
     "start_text",
@@ -160,8 +163,9 @@ def settle(loaded: Loaded, work_tree: WorkTree) -> tuple[Loaded, str]:
     chosen = best(survey, loaded)
     others = [each for each in survey.proposals if each.possible and not each.changes and each is not chosen]
     text = f"partition {chosen.partition}: start {start_text(chosen, survey)}"
-    if chosen.cost is not None:
-        text += f", {chosen.cost:.2f} {loaded.site.cost.currency}".rstrip() + " for a full attempt"
+    price = price_text(chosen, loaded)
+    if price:
+        text += f", {price} for a full attempt"
     if others:
         text += f"; next best is {others[0].partition}: start {start_text(others[0], survey)}"
     return settled_on(chosen, loaded), text
@@ -170,6 +174,13 @@ def settle(loaded: Loaded, work_tree: WorkTree) -> tuple[Loaded, str]:
 def settled_on(chosen: Proposal, loaded: Loaded) -> Loaded:
     """The job with that partition."""
     return adapted(loaded, partition=chosen.partition)
+
+
+def price_text(proposal: Proposal, loaded: Loaded) -> str:
+    """What a full attempt costs, for people; "" when nobody knows."""
+    if proposal.cost is not None:
+        return f"{proposal.cost:.2f} {loaded.site.cost.currency}".rstrip()
+    return "" if proposal.billing_hours is None else f"{proposal.billing_hours:.4g} billing hours"
 
 
 def start_text(proposal: Proposal, survey: Survey | Outlook) -> str:
@@ -202,6 +213,11 @@ def _slurm(loaded: Loaded, work_tree: WorkTree) -> tuple[Facts | None, Callable[
     queues = {partition.queue_of(name) for name, partition in loaded.site.partitions.items()}
     if not queues.intersection({*facts.partitions, ""}):
         return None, None, f"Slurm was not asked: the one here has no partition of site {loaded.site.name}"
+    return facts, question_of(loaded, work_tree), ""
+
+
+def question_of(loaded: Loaded, work_tree: WorkTree) -> Callable[[Plan], Answer]:
+    """What asks Slurm about the job, planned in one way or another: it is given the script that would be sent."""
     frozen: list[tuple[RunSpec, RunFolder]] = []
 
     def question(planned: Plan) -> Answer:
@@ -212,4 +228,4 @@ def _slurm(loaded: Loaded, work_tree: WorkTree) -> tuple[Facts | None, Callable[
         spec, folder = frozen[0]
         return ask(backend_for("slurm").preview(spec.model_copy(update={"plan": planned}), folder))
 
-    return facts, question, ""
+    return question
