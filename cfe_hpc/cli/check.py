@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "an error, 2 job or site is wrong, 4 the job could never run there."
     )
     common.add_job_arguments(parser)
+    common.add_sweep_arguments(parser)
     common.add_partition_argument(parser)
     common.add_ignore_argument(parser)
     common.add_json_argument(parser)
@@ -54,7 +55,7 @@ def _run(args: argparse.Namespace, print_json: Callable[[dict[str, Any]], None])
     others: Survey | None = None
     work_tree = WorkTree(Path.cwd())
     try:
-        loaded = common.load_job(args)
+        loaded = common.of_one_run(common.load_job(args))
         if planner.chooses(loaded):
             others = planner.survey_all(loaded, work_tree)
             loaded = planner.settled_on(planner.best(others, loaded), loaded)

@@ -27,6 +27,7 @@ __all__ = [
     "find_run",
     "ignoring",
     "load_job",
+    "of_one_run",
     "print_json",
     "roots",
     "with_partition",
@@ -183,6 +184,17 @@ def roots(args: argparse.Namespace) -> list[Path]:
     from cfe_hpc.reports.find import runs_roots
 
     return runs_roots(args.site, os.environ)
+
+
+def of_one_run(loaded: Loaded) -> Loaded:
+    """The job, or of a sweep the first task's: the sweep's own may lack what its axes give."""
+    if loaded.job.sweep is None:
+        return loaded
+    from dataclasses import replace
+
+    from cfe_hpc.config.sweep_rules import read_tasks, task_job
+
+    return replace(loaded, job=task_job(loaded.job, read_tasks(loaded.job.sweep), 0))
 
 
 def find_run(args: argparse.Namespace, ref: str | None = None) -> RunFolder:

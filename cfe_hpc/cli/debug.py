@@ -60,14 +60,13 @@ def _attach(args: argparse.Namespace) -> int:
 
 
 def _debug(args: argparse.Namespace) -> int:
-    from cfe_hpc.cli.submit_sweep import first_task
     from cfe_hpc.launch import debug
     from cfe_hpc.launch.plan import plan
     from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.launch.submission import prepare, preview
 
     work_tree = WorkTree(Path.cwd())
-    loaded = debug.shrink(first_task(common.load_job(args)), ranks=args.ranks, time_s=_time_s(args.time))
+    loaded = debug.shrink(common.of_one_run(common.load_job(args)), ranks=args.ranks, time_s=_time_s(args.time))
     planned = plan(loaded.job, loaded.site, loaded.origins)
     if args.dry_run:
         spec, folder, _ = preview(loaded, planned, work_tree)

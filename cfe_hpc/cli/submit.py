@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cfe_hpc.launch.submission import Submitted
     from cfe_hpc.recovery.measured import Measured
 
-__all__ = ["configure", "of_one_run", "run"]
+__all__ = ["configure", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         return _submit_stages(args, work_tree)
     loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
-    _heed_checks(of_one_run(loaded), planned, measured)
+    _heed_checks(common.of_one_run(loaded), planned, measured)
     if args.dry_run:
         return _show(args, loaded, planned, measured, work_tree)
 
@@ -110,15 +110,6 @@ def _submit_stages(args: argparse.Namespace, work_tree: WorkTree) -> int:
     from cfe_hpc.cli.submit_pipeline import run
 
     return run(args, work_tree)
-
-
-def of_one_run(loaded: Loaded) -> Loaded:
-    """The job, or of a sweep the first task's."""
-    if loaded.job.sweep is None:
-        return loaded
-    from cfe_hpc.cli.submit_sweep import first_task
-
-    return first_task(loaded)
 
 
 def _heed_checks(loaded: Loaded, planned: Plan, measured: Measured | None) -> None:
@@ -167,7 +158,7 @@ def _show(
         return 0
     from cfe_hpc.cli.check import plan_rows
 
-    rows = plan_rows(of_one_run(loaded), planned, measured)
+    rows = plan_rows(common.of_one_run(loaded), planned, measured)
     for word, text in [*rows, *of_sweep, ("run folder", str(folder.path))]:
         print(f"{word:<12}{text}".replace("\n", "\\n"))
     print(f"\n{script}", end="")

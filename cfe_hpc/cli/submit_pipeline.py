@@ -90,13 +90,12 @@ def _ignoring(args: argparse.Namespace, job: StageJob) -> StageJob:
 
 def _heed_checks(jobs: Sequence[StageJob], plans: Sequence[tuple[Plan, Measured | None]]) -> None:
     """Refuse a pipeline with a stage that is sure to fail; say what else is worth knowing, once."""
-    from cfe_hpc.cli.submit import of_one_run
     from cfe_hpc.launch.checks.checking import check
 
     errors: dict[str, Problem] = {}
     warnings: dict[str, None] = {}
     for job, (planned, measured) in zip(jobs, plans, strict=True):
-        for finding in check(of_one_run(job.loaded), planned, measured=measured, notes=False):
+        for finding in check(common.of_one_run(job.loaded), planned, measured=measured, notes=False):
             if finding.severity == "error":
                 errors[str(finding.problem)] = finding.problem
             elif finding.severity == "warning":

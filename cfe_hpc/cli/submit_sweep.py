@@ -6,30 +6,19 @@ import argparse
 import gc
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
 
 if TYPE_CHECKING:
-    from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Plan, RunSpec
     from cfe_hpc.launch.submission import Submitted
     from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["first_task", "plan_rows", "show", "tell", "wait"]
+__all__ = ["plan_rows", "show", "tell", "wait"]
 
 _LOOK_EVERY_S = 2.0
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "HELD")
-
-
-def first_task(loaded: Loaded) -> Loaded:
-    """The job of task 0: what the plan and the checks are made of, for the sweep's own may lack what axes give it."""
-    if loaded.job.sweep is None:
-        return loaded
-    from cfe_hpc.config.sweep_rules import read_tasks, task_job
-
-    return replace(loaded, job=task_job(loaded.job, read_tasks(loaded.job.sweep), 0))
 
 
 def plan_rows(spec: RunSpec) -> list[tuple[str, str]]:

@@ -97,7 +97,7 @@ def _note_again(sweep: RunFolder, task: RunFolder, job_ids: Sequence[str]) -> No
     number = task.sweep_task
     assert number is not None
     array = next((job for job in all_jobs(sweep) if job["job_id"] in job_ids and _has(job, number)), None)
-    if array is None:  # this machine's runner records the task's own process
+    if array is None or array["scheduler"] != "slurm":  # this machine's runner records the task's own process
         return
     job_id = f"{array['job_id']}_{number - int(array['offset'])}"
     if not any(job.get("job_id") == job_id for job in records(task, "job")):
