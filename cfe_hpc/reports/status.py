@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cfe_hpc.files import read_ndjson
+from cfe_hpc.files import ndjson_record
 from cfe_hpc.recovery.attempts import Attempt, read_attempts
 from cfe_hpc.recovery.ledger import Summary, summarise
 from cfe_hpc.recovery.upstream import in_vain, unfinished, upstream
@@ -169,10 +169,20 @@ def _never_submitted(newest: Attempt | None) -> tuple[RunState, str]:
 
 
 def _heartbeat_age_s(path: Path) -> float | None:
-    """Age of the last whole line; only the file's end is read."""
+    """Age of the last whole line; only the file's end is read, and of that no more lines than it takes."""
     for last_bytes in _TAILS_BYTES:
-        for beat in reversed(list(read_ndjson(path, last_bytes=last_bytes))):
-            last_s = epoch_s(beat.get("time"))
+        for line in reversed(_tail(path, last_bytes)):
+            last_s = epoch_s((ndjson_record(line) or {}).get("time"))
             if last_s is not None:
                 return round(max(0.0, time.time() - last_s), 1)
     return None
+
+
+def _tail(path: Path, last_bytes: int) -> list[bytes]:
+    """The lines at the end of a file, the first one perhaps cut; none where there is no file."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - last_bytes))
+            return stream.read().split(b"\n")
+    except FileNotFoundError:
+        return []
