@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 from cfe_hpc.errors import CfeError
 
@@ -171,11 +171,21 @@ def _words_of(model: type[BaseModel], key: str) -> list[str]:
 
 def _params(job: str | None) -> Iterable[str]:
     """What the job file itself says under [params]."""
+    params = _job_table(job).get("params")
+    return params if isinstance(params, dict) else ()
+
+
+def _stages(prefix: str, args: argparse.Namespace) -> Iterable[str]:
+    stages = _job_table(args.job).get("stage")
+    named = stages if isinstance(stages, list) else ()
+    return [str(stage["name"]) for stage in named if isinstance(stage, dict) and "name" in stage]
+
+
+def _job_table(job: str | None) -> dict[str, Any]:
     from cfe_hpc.config import shipped
     from cfe_hpc.files import read_toml
 
-    params = read_toml(shipped.resolve(job, "jobs")).get("params") if job else None
-    return params if isinstance(params, dict) else ()
+    return {} if job is None else read_toml(shipped.resolve(job, "jobs"))
 
 
 # By what stands in the usage: an argument that a verb gets later is completed, too.
@@ -183,8 +193,11 @@ _BY_METAVAR: dict[str, Names] = {
     "JOB": _jobs,
     "S": _sites,
     "NAME": _sites,
+    "P": _partitions,
     "RUN": _runs,
+    "RUN2": _runs,
+    "SWEEP": _runs,
     "KEY=VALUE": _settings,
     "KEY=V1,V2": _settings,
 }
-_BY_DEST: dict[str, Names] = {"ignore": _checks, "partition": _partitions}
+_BY_DEST: dict[str, Names] = {"ignore": _checks, "stage": _stages}
