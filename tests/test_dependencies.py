@@ -95,6 +95,8 @@ def test_only_what_has_not_completed_is_waited_for(tmp_path: Path) -> None:
     assert [folder.path for folder in upstream] == [first.path, second.path]
     assert dependency(upstream) == ["--dependency=afterok:8:9", "--kill-on-invalid-dep=yes"]
     assert dependency([]) == []
+    successor.record(second, "export", job_id="10", scheduler="slurm")
+    assert dependency(upstream)[0] == "--dependency=afterok:8:9:10", "what exports its weights, too"
 
 
 def test_nobody_waits_for_a_run_that_ended_badly_or_was_never_a_job(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from checkpoint_runs import put
 from run_specs import run_spec
+from slurm_programs import slurm
 from spine.entries import Count
 
 from cfe_hpc.checkpoints.keeping import pins
@@ -25,8 +26,10 @@ from cfe_hpc.launch.cleaning.removal import remove
 from cfe_hpc.launch.cleaning.trees import measure
 from cfe_hpc.launch.jobs import all_jobs
 from cfe_hpc.process import start_ticks
-from cfe_hpc.ranks.successor import record_job
+from cfe_hpc.ranks.jobrecords import record, record_job
 from cfe_hpc.runfolder import RunFolder
+
+__all__ = ["slurm"]  # a fixture
 
 DAY_S = 86_400.0
 CLOCK = count(100_000)
@@ -164,6 +167,17 @@ def test_a_run_with_a_pinned_checkpoint_stays(capsys: pytest.CaptureFixture[str]
     age(run.path, 60 * DAY_S)
     found = plan(capsys)
     assert chosen(found) == set() and why_kept(found) == {run.run_id: "step-000000004 is pinned"}
+
+
+def test_a_run_stays_while_its_weights_are_exported(capsys: pytest.CaptureFixture[str], slurm: Path) -> None:
+    run = new_run(days=0.1)
+    record_job(run, job_id="17", scheduler="slurm", attempt_base=0)
+    record(run, "export", job_id="18", scheduler="slurm")
+    age(run.path, 0.1 * DAY_S)
+    (slurm / "queue").write_text("17|COMPLETED|N/A||None\n18|PENDING|N/A||Priority\n")
+    assert chosen(plan(capsys, "--older", "1h")) == set()
+    (slurm / "queue").write_text("17|COMPLETED|N/A||None\n")
+    assert chosen(plan(capsys, "--older", "1h")) == {run.path}
 
 
 def test_nothing_is_taken_for_ended_that_the_scheduler_was_not_heard_about(

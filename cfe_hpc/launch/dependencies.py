@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cfe_hpc.errors import UsageError
-from cfe_hpc.launch.jobs import latest_attempt, latest_job, records
+from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, records
 from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.ranks.successor import record
 from cfe_hpc.recovery.upstream import in_vain
@@ -47,19 +47,20 @@ def dependency(upstream: Sequence[RunFolder]) -> list[str]:
     Raises:
         UsageError: one of them is no Slurm job.
     """
-    return [f"--dependency=afterok:{':'.join(map(_job_id, upstream))}", "--kill-on-invalid-dep=yes"] if upstream else []
+    ids = [job_id for folder in upstream for job_id in _job_ids(folder)]
+    return [f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
 
 
-def _job_id(folder: RunFolder) -> str:
-    """What Slurm knows the run's end by: its newest job; of a sweep all its arrays, with ":" between them."""
+def _job_ids(folder: RunFolder) -> list[str]:
+    """What Slurm knows the run's end by: its newest job, and what exports its weights then; of a sweep its arrays."""
     if folder.is_sweep:
         from cfe_hpc.launch.sweep import jobs_to_await  # late: most runs are none
 
-        return ":".join(jobs_to_await(folder))
+        return jobs_to_await(folder)
     job = latest_job(folder)
     if job is None or job.get("scheduler") != "slurm":
         raise UsageError(f"--after: {folder.run_id}: is no Slurm job; submit without --after")
-    return str(job["job_id"])
+    return [str(each["job_id"]) for each in (job, *records(folder, "export")[-1:])]
 
 
 def keep_up(upstream: Sequence[RunFolder], options: Sequence[str]) -> None:
@@ -71,13 +72,13 @@ def keep_up(upstream: Sequence[RunFolder], options: Sequence[str]) -> None:
     Raises:
         SchedulerError: Slurm refused.
     """
-    if any(folder.is_sweep for folder in upstream):  # its tasks' successors are dealt with by those who send them
-        return
-    for folder, before in zip(upstream, options[0].partition(":")[2].split(":") if options else (), strict=False):
-        with contextlib.suppress(UsageError):
-            now = _job_id(folder)
-            if now != before:
-                move_dependents(before, now)
+    told = options[0].partition(":")[2].split(":") if options else []
+    for folder in upstream:
+        if folder.is_sweep:  # its tasks' successors are dealt with by those who send them
+            continue
+        *before, now = [str(job["job_id"]) for job in all_jobs(folder)]
+        for job_id in set(before).intersection(told) if now not in told else ():
+            move_dependents(job_id, now)
 
 
 def note_dependent(upstream: Iterable[RunFolder], folder: RunFolder) -> None:

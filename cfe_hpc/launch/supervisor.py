@@ -21,6 +21,8 @@ from typing import Literal
 from cfe_hpc import log
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.exporting import export_command
+from cfe_hpc.launch.jobs import latest_job
+from cfe_hpc.launch.local import is_alive
 from cfe_hpc.launch.localranks import LocalRanks, adopt_orphans
 from cfe_hpc.ranks.epilogue import close_failed_attempt, note_end
 from cfe_hpc.recovery.attempts import KILLED
@@ -192,13 +194,18 @@ def _write_end(folder: RunFolder, state: Literal["CANCELLED", "HELD"], *, attemp
 
 
 def wait_for(after: RunFolder, folder: RunFolder, poll_s: float) -> str | None:
-    """Wait until the run `after` has ended; why this one cannot start, or None when it can."""
-    while (result := after.result()) is None and folder.promised("cancel") is None:
+    """Wait until the run `after` has completed, its exports included; why this one cannot start, or None when it can.
+
+    Returns at once when this one is cancelled.
+    """
+    while folder.promised("cancel") is None:
+        state = (after.result() or {}).get("state")
+        if state not in (None, "COMPLETED"):
+            return f"never started: {after.run_id}, which it waits for, ended {state}"
+        if state == "COMPLETED" and not is_alive(latest_job(after) or {}):  # else its supervisor exports weights
+            return None
         signal.sigtimedwait(_WAITED_FOR, poll_s)
-    if folder.promised("cancel") is not None:
-        return "cancelled by the user"
-    state = (result or {}).get("state")
-    return None if state == "COMPLETED" else f"never started: {after.run_id}, which it waits for, ended {state}"
+    return "cancelled by the user"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -124,8 +124,10 @@ def send_export(folder: RunFolder, *, job_id: str, environment: Mapping[str, str
         return None
     options = [f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes"]
     try:
-        return sbatch(folder, folder.export_script, environment, options)
-    except SchedulerError as error:
+        export_id = sbatch(folder, folder.export_script, environment, options)
+        record(folder, "export", job_id=export_id, scheduler="slurm")
+        return export_id
+    except (OSError, SchedulerError) as error:
         remedy = f"give `cfe-hpc checkpoints export {folder.run_id} --epochs` when the run has completed"
         logger.warning("epochs will not be exported by themselves: %s; %s", error, remedy)
         return None

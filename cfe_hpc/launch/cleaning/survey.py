@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.launch.backend import backend_for
-from cfe_hpc.launch.jobs import all_jobs, latest_attempt
+from cfe_hpc.launch.jobs import all_jobs, latest_attempt, records
 from cfe_hpc.launch.states import JobState
 from cfe_hpc.runfolder import RunFolder
 
@@ -57,7 +57,7 @@ def survey(folders: Iterable[RunFolder], *, now_s: float) -> tuple[list[Seen], l
         is known.
     """
     runs = [(folder, parts_of(folder)) for folder in folders]
-    jobs = [job for _, parts in runs for part in parts if _in_question(part, now_s) for job in all_jobs(part)]
+    jobs = [job for _, parts in runs for part in parts if _in_question(part, now_s) for job in _jobs(part)]
     states, failures = _ask(jobs)
     return [_seen(folder, parts, states, now_s) for folder, parts in runs], failures
 
@@ -65,6 +65,11 @@ def survey(folders: Iterable[RunFolder], *, now_s: float) -> tuple[list[Seen], l
 def parts_of(folder: RunFolder) -> list[RunFolder]:
     """The folder itself, and those of its tasks that have started."""
     return [folder, *folder.tasks()]
+
+
+def _jobs(folder: RunFolder) -> list[dict[str, Any]]:
+    """Those of the run, and what exports its weights when it has completed."""
+    return [*records(folder, "export"), *all_jobs(folder)]
 
 
 def _in_question(folder: RunFolder, now_s: float) -> bool:
@@ -104,15 +109,17 @@ def _seen(folder: RunFolder, parts: Sequence[RunFolder], states: dict[str, JobSt
 
 def _state(folder: RunFolder, states: dict[str, JobState], age_s: float) -> tuple[State | None, str]:
     """(how the run ended, why it has not)."""
-    jobs = all_jobs(folder)
+    jobs = _jobs(folder)
     result = (folder.result() or {}).get("state")
-    known = next((found for job in reversed(jobs) if (found := states.get(str(job["job_id"]))) is not None), None)
-    if known is not None and known.state in ("PENDING", "RUNNING", "HELD"):
-        return None, f"its job {known.job_id} is {known.state.lower()}"
+    known = [found for job in jobs if (found := states.get(str(job["job_id"]))) is not None]
+    for job in known:
+        if job.state in ("PENDING", "RUNNING", "HELD"):
+            return None, f"its job {job.job_id} is {job.state.lower()}"
     if result in STATES:
         return result, ""
-    if known is not None and known.state == "UNKNOWN":
-        return None, known.reason or f"its job {known.job_id} is {known.word}"
+    for job in known:
+        if job.state == "UNKNOWN":
+            return None, job.reason or f"its job {job.job_id} is {job.word}"
     if not jobs and age_s < _BEGINNING_S and folder.sweep_task is None:
         return None, "it may be just being submitted"
     if folder.promised("held") is not None:
