@@ -268,3 +268,15 @@ def test_a_run_may_follow_a_sweep(capsys: Capture, slurm: Path) -> None:
     Path("next.toml").write_text(tomli_w.dumps({"name": "next", "command": ["true"]}))
     assert main(["submit", "next.toml", "--site", "minislurm", "--after", sweep.run_id, "--json"]) == 0
     assert "--dependency=afterok:41:42 " in [call for call in calls(slurm) if call.startswith("sbatch")][-1]
+
+
+def test_verbs_about_one_run_want_a_task_to_be_named(capsys: Capture) -> None:
+    sweep = _sweep(capsys, 2)
+    begin(sweep, 1, "41_1")
+    _end(sweep.task(1), "COMPLETED")
+    for verb in (["logs"], ["drill"], ["checkpoints", "ls"]):
+        assert main([*verb, str(sweep.path)]) == 2
+        assert f"{sweep.run_id}: is a sweep; name one of its tasks" in capsys.readouterr().err
+    assert main(["checkpoints", "ls", f"{sweep.run_id}.1", "--site", "minislurm", "--json"]) == 0
+    assert main(["report", str(sweep.path)]) == 0
+    assert f"{sweep.run_id}.000001" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Cancel, and say what was found."""
     from cfe_hpc.launch.ending import cancel
 
-    folder = common.find_run(args)
+    folder = common.find_run(args, sweep=True)
     if folder.is_sweep:
         return _cancel_sweep(folder, args)
     outcome = cancel(folder)

@@ -187,25 +187,34 @@ def roots(args: argparse.Namespace) -> list[Path]:
 
 
 def of_one_run(loaded: Loaded) -> Loaded:
-    """The job, or of a sweep the first task's: the sweep's own may lack what its axes give."""
+    """The job, or of a sweep the first task's, one of `tasks`: the sweep's own may lack what its axes give."""
     if loaded.job.sweep is None:
         return loaded
     from dataclasses import replace
 
     from cfe_hpc.config.sweep_rules import read_tasks, task_job
 
-    return replace(loaded, job=task_job(loaded.job, read_tasks(loaded.job.sweep), 0))
+    tasks = read_tasks(loaded.job.sweep)
+    return replace(loaded, job=task_job(loaded.job, tasks, 0), tasks=tasks.tasks)
 
 
-def find_run(args: argparse.Namespace, ref: str | None = None) -> RunFolder:
+def find_run(args: argparse.Namespace, ref: str | None = None, *, sweep: bool = False) -> RunFolder:
     """The run of `add_run_argument`, or the one that `ref` means.
 
+    Args:
+        sweep: a sweep will do, too; else one of its tasks must be named.
+
     Raises:
-        UsageError: there is none, or several.
+        UsageError: there is none, or several, or it is a sweep.
     """
     from cfe_hpc.reports import find
 
-    return find.find_run(args.run if ref is None else ref, roots(args))
+    folder = find.find_run(args.run if ref is None else ref, roots(args))
+    if folder.is_sweep and not sweep:
+        from cfe_hpc.errors import UsageError
+
+        raise UsageError(f"{folder.run_id}: is a sweep; name one of its tasks: {folder.run_id}.0")
+    return folder
 
 
 def print_json(document: Any) -> None:

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.cli.status import read_statuses
     from cfe_hpc.reports.report import markdown, read_report
 
-    folders = [common.find_run(args, ref) for ref in args.run]
+    named = [common.find_run(args, ref, sweep=True) for ref in args.run]
+    folders = [each for folder in named for each in (folder.tasks() if folder.is_sweep else [folder])]
     statuses, failures = read_statuses(folders)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Requeue, and say how."""
     from cfe_hpc.launch.ending import requeue
 
-    folder = common.find_run(args)
+    folder = common.find_run(args, sweep=True)
     if folder.is_sweep:
         return _requeue_sweep(folder, args)
     outcome = requeue(folder)

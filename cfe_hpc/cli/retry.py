@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.cli.sweep_status import read
     from cfe_hpc.errors import SchedulerError, UsageError
 
-    sweep = common.find_run(args, args.sweep)
+    sweep = common.find_run(args, args.sweep, sweep=True)
     if not sweep.is_sweep:
         raise UsageError(f"{sweep.run_id}: is no sweep; send a run or a task again with `cfe-hpc requeue`")
     tasks, failures = read(sweep)

@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON list; 3 when the scheduler gave no answer, with what the folders alone tell."""
     if args.run:
-        folder = common.find_run(args)
+        folder = common.find_run(args, sweep=True)
         if folder.is_sweep:
             from cfe_hpc.cli.sweep_status import show
 

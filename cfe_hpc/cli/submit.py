@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     if planned.preemption.mode != "off":
         print(f"preemption: {sentence(planned, loaded.site, measured)}", file=sys.stderr)
 
-    after = [common.find_run(args, ref) for ref in args.after]
+    after = [common.find_run(args, ref, sweep=True) for ref in args.after]
     with packing() as told:
         submitted = submit(loaded, planned, work_tree, after=after, told=told)
     tell_left_out(submitted.packed)

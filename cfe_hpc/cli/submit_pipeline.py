@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, work_tree: WorkTree) -> int:
     stages = [PlannedStage(job=job, planned=planned) for job, (planned, _) in zip(jobs, plans, strict=True)]
     if args.dry_run:
         return _show(args, stages, [measured for _, measured in plans], work_tree, reused)
-    after = [common.find_run(args, ref) for ref in args.after]
+    after = [common.find_run(args, ref, sweep=True) for ref in args.after]
     with packing() as told:
         sent = submit_pipeline(stages, work_tree, after=after, reused=reused, told=told)
     for each in sent:
