@@ -251,3 +251,134 @@ def test_the_document_has_a_row_for_each_check() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| (.*) \| (.*) \| (yes|no) \|$", text, re.MULTILINE)
     told = [(id_, row.severity, row.finds, row.fix, "no" if row.firm else "yes") for id_, row in CHECKS.items()]
     assert rows == told
+
+
+@pytest.mark.parametrize(
+    ("gres", "found"),
+    [("gpu:{devices}", False), *((f"gpu:{name}:{{devices}}", False) for name in ("a100", "h100", "rtx6000", "l40s"))]
+    + [(f"gpu:{name}:{{devices}}", True) for name in ("v100", "V100-32G", "tesla_v100", "t4", "rtx_2080ti", "rtx8000")],
+)
+def test_devices_without_bf16_are_known_by_their_names(
+    gres: str, found: bool, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, _, site = _words(stage, "bf16-hardware")
+    assert main(["check", job, "--site", site, "--set", f"site.hardware.h100.gres={gres}", "--json"]) == 0
+    assert [finding["id"] for finding in json.loads(capsys.readouterr().out)["findings"]] == ["bf16-hardware"] * found
+
+
+VARIANTS = [
+    ("account", ["site.partitions.gpu.allowed_accounts=['other']"], "partition gpu does not take its jobs"),
+    ("constraint", ["resources.constraint=[h100|nvlnk]*2"], "no node of h100 has the feature nvlnk"),
+    ("constraint", ["resources.constraint=[h100|nvlink]*2"], None),
+    ("array-size", ["site.slurm.array_max=1501"], None),
+    ("gres-fixed", ["resources.devices_per_node=4"], None),
+    ("gres-missing", ["site.partitions.gpu.options=['--gpus-per-node=4']"], None),
+    ("gres-missing", ["site.partitions.gpu.exclusive=true"], None),
+    ("threads", ["launch.environment.OMP_NUM_THREADS='16'"], None),
+    ("cost", ["resources.time=7h"], None),
+    ("quota", ["sweep.axes={'params.seed'=[1,2]}", "params.seed=0"], "3 checkpoints and the next one, for each of 2"),
+    ("quota", ["site.storage.quota=1GB"], None),
+    ("offload-stage", ["engine.zero_stage=3"], None),
+    (
+        "offload-stage",
+        [
+            "engine.deepspeed.zero_optimization.offload_param.device=none",
+            "engine.deepspeed.zero_optimization.offload_optimizer={device='nvme',nvme_path='/tmp'}",
+        ],
+        "needs ZeRO stage 3,",
+    ),
+    (
+        "offload-stage",
+        [
+            "engine.zero_stage=0",
+            "engine.deepspeed.zero_optimization.offload_param.device=none",
+            "engine.deepspeed.zero_optimization.offload_optimizer={device='cpu'}",
+        ],
+        "needs ZeRO stage 1 or above, and the job has stage 0",
+    ),
+    ("offload-path", ["engine.deepspeed.zero_optimization.offload_optimizer.nvme_path=/tmp"], None),
+    ("optimizer", ["engine.deepspeed.zero_optimization.offload_optimizer.device=none"], None),
+    ("optimizer", ["engine.deepspeed.optimizer={type='Adam',params={max_grad_norm=1.0}}"], "DeepSpeed refuses it"),
+    (
+        "unsaved-state",
+        ["engine.deepspeed.zero_optimization={round_robin_gradients=false,zero_hpz_partition_size=4}"],
+        "cfe_hpc cannot lay out",
+    ),
+    ("grad-accum", ["engine.zero_stage=1"], None),
+    ("engine-unused", ["engine.deepspeed.wall_clock_breakdown=true", "engine.zero_stage=0"], "is DeepSpeed's, and the"),
+    ("saves-never", ["checkpoint.every=15m"], None),
+    ("no-checkpoints", ["checkpoint.every=15m"], None),
+    ("no-checkpoints", ["checkpoint.every=4h"], ("saves-never", "an attempt ends after 4h: until then nothing is")),
+    ("best-unlogged", ["checkpoint.keep_best=val_loss:min"], None),
+    ("node-local-space", ["checkpoint.local_size=1GiB"], None),
+    ("remote-package", ["checkpoint.remote=file:///elsewhere"], None),
+    ("lead-short", ["resources.time=1d"], None),
+    (
+        "purged",
+        ["checkpoint.keep_every_steps=100", "site.storage.purge_after=90d"],
+        "checkpoints that are kept for good",
+    ),
+    ("gateway-loopback", ["metrics.pushgateway=http://[::1]:9091"], "is each machine's own address"),
+    ("gateway-password", ["metrics.pushgateway=https://gateway:9091"], None),
+    ("secret-in-job", ["params={hf_token='',x='AKIAABCDEFGHIJKLMNOP'}"], "looks like a password or a key"),
+    ("secret-in-job", ["params={hf_token='',tokens='stdlib'}"], None),
+    (
+        "secret-in-job",
+        ["params.hf_token=''", "launch.environment={WANDB_API_KEY='x'}"],
+        "looks like a password or a key",
+    ),
+    ("resume-shapes", ["params.layers=8"], None),
+    (
+        "resume-shapes",
+        ["checkpoint.resume_from=runs/j/j-20260101-000000-abcd"],
+        "step 400 of j-20260101-000000-abcd was",
+    ),
+    ("resume-shapes", ["checkpoint.resume_from=gone-20260101-000000-abcd"], ("resume-missing", "there is no run in ")),
+]
+"""Of an example: what to change, and what is said of it then; nothing when None. Another check with its id."""
+
+
+@pytest.mark.parametrize(("id_", "changes", "said"), VARIANTS)
+def test_a_variant_of_an_example(
+    id_: str,
+    changes: list[str],
+    said: str | tuple[str, str] | None,
+    stage: Stage,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word for change in changes for word in ("--set", change)]
+    main(["check", *_words(stage, id_), *words, "--json"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    if said is None:
+        assert findings == []
+    else:
+        id_, what = (id_, said) if isinstance(said, str) else said
+        assert [finding["id"] for finding in findings] == [id_]
+        assert findings[0]["what"].startswith(what)
+        assert "AKIA" not in str(findings)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"no HDF5 at all", "is no HDF5 file"), (b"", "is no HDF5 file")],
+)
+def test_what_is_no_token_file(content: bytes, said: str, stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    words = _words(stage, "data-damaged")
+    (stage.here / "tokens.h5").write_bytes(content)
+    assert main(["check", *words]) == 1
+    assert f"params.data: {said} (tokens.h5)" in capsys.readouterr().out
+    _token_file(stage.here / "tokens.h5")
+    assert main(["check", *words]) == 0
+
+
+def test_a_checkpoint_that_is_damaged_is_nothing_to_begin_with(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _words(stage, "resume-shapes")
+    (manifest,) = stage.here.glob("runs/j/*/checkpoints/*/manifest.json")
+    manifest.write_text(manifest.read_text().replace("layers", "lairs"))
+    assert main(["check", *words]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "[resume-missing]" in said and "none of its checkpoints can be used" in said and "[resume-shapes]" not in said
+    )

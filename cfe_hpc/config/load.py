@@ -58,6 +58,7 @@ class Loaded:
             it, a `CFE_*` variable, `--set`, or `default`.
         job_file: the job file as messages name it.
         site_file: the site profile as messages name it.
+        tasks: of a sweep, of which the job is one; 1 otherwise.
     """
 
     job: Job
@@ -65,6 +66,7 @@ class Loaded:
     origins: Mapping[str, str]
     job_file: str
     site_file: str
+    tasks: int = 1
 
 
 def load(

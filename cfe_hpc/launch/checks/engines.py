@@ -29,8 +29,8 @@ _TRAINERS = {
 }
 """DeepSpeed's keys that the [params] of the shipped trainer decide, and which."""
 
-# Pascal, Volta and Turing: bf16 came with compute capability 8.0.
-_NO_BF16 = r"(?i)(?<![a-z0-9])(?:k80|p40|p100|v100s?|t4|titan|gtx\w*|rtx_?[268]000)(?![a-z0-9])"
+# Kepler to Turing, as far as a name tells (an RTX 6000 may be newer): bf16 came with compute capability 8.0.
+_NO_BF16 = r"(?i)(?<![a-z0-9])(?:k80|p40|p100|v100s?|t4|gtx\w*|rtx_?(?:20[678]0\w*|8000))(?![a-z0-9])"
 
 
 def _uses_deepspeed(facts: Facts) -> bool:

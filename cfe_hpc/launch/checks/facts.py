@@ -77,18 +77,10 @@ class Facts:
 
         return estimate(self.job, self.plan)
 
-    @cached_property
+    @property
     def tasks(self) -> int:
-        """Runs that the job makes: the tasks of a sweep, or 1."""
-        if self.job.sweep is None:
-            return 1
-        from cfe_hpc.config.axes import tasks_of
-
-        def report(path: tuple[str | int, ...], what: str, remedy: str, value: Any = None) -> Problem:
-            return self.problem(".".join(map(str, ("job", *path))), what, remedy, value)
-
-        tasks, _ = tasks_of(self.job.sweep, report)  # what is wrong with it was told when the job was read
-        return 1 if tasks is None else tasks.tasks
+        """Runs that are sent: the tasks of a sweep, of which the job is one, or 1."""
+        return self.loaded.tasks
 
     @cached_property
     def runs_root(self) -> Path:
