@@ -43,6 +43,26 @@ def one_question_about_all_runs(stage: Stage) -> None:
     assert {one["state"] for one in json.loads(asked("--json"))} == {"CANCELLED"}
 
 
+def accounting_tells_of_a_job_that_squeue_has_forgotten(stage: Stage) -> None:
+    run = stage.submit("spot", params=LONG)
+    run.wait(lambda: run.step() > 3, 90, "training")
+    stage.cluster.scancel("--signal=KILL", "--full", run.job_id)
+    stage.cluster.wait_for_end(run.job_id)
+    programs = stage.folder / "bin"
+    programs.mkdir()
+    (programs / "squeue").write_text("#!/bin/sh\n")
+    (programs / "squeue").chmod(0o755)
+    env = {**stage.cluster.env, "PATH": f"{programs}{os.pathsep}{stage.cluster.env['PATH']}"}
+
+    def told() -> bool:
+        (status,) = json.loads(cfe("status", run.run_id, "--json", cwd=stage.folder, env=env).stdout)
+        assert status["state"] == "CANCELLED" or status["reason"].startswith("vanished"), status
+        return bool(status["state"] == "CANCELLED")
+
+    # slurmctld hands its records on a little later.
+    stage.cluster.wait_for(told, 60, "told by sacct")
+
+
 def the_screen_saves_and_cancels_a_run(stage: Stage) -> None:
     run = stage.submit("spot", params=LONG, checkpoint=SELDOM)
     run.wait(lambda: run.step() > 3, 90, "training")
@@ -93,6 +113,7 @@ def logs_are_followed_over_a_requeue_to_the_end(stage: Stage) -> None:
 
 CASES: list[Callable[[Stage], Any]] = [
     one_question_about_all_runs,
+    accounting_tells_of_a_job_that_squeue_has_forgotten,
     the_screen_saves_and_cancels_a_run,
     logs_are_followed_over_a_requeue_to_the_end,
 ]
