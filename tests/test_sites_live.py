@@ -338,6 +338,13 @@ def test_less_memory_than_the_most_and_other_orders_are_no_difference() -> None:
     assert differences(Site.model_validate(table), cluster) == []
 
 
+@pytest.mark.parametrize(("gres", "found"), [("gpu:{devices}", []), ("gp:{devices}", ["hardware.h200.gres"])])
+def test_devices_may_be_asked_for_without_their_type(gres: str, found: list[str]) -> None:
+    table: dict[str, Any] = tomllib.loads(profile_text(live()))
+    table["hardware"]["h200"]["gres"] = gres
+    assert [each.key for each in differences(Site.model_validate(table), live())] == found
+
+
 def test_devices_that_are_asked_for_in_other_words_are_counted() -> None:
     table: dict[str, Any] = tomllib.loads(profile_text(live()))
     table["hardware"]["h200"] |= {"request": ["--gpus-per-node={devices}"], "devices_per_node": 5}

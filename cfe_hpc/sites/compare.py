@@ -104,8 +104,8 @@ def _of_access(key: str, partition: Partition, there: LivePartition) -> Iterator
     for name in ("memory_default", "memory_per_core_default", "memory_max"):
         stated = getattr(partition, name)
         found = parse_size_bytes(is_so[name]) if name in is_so else None
-        less_may_be_stated = name == "memory_max" and (found is None or (stated or 0) < found)
-        if stated not in (None, found) and not less_may_be_stated:
+        may_differ = name == "memory_max" and (found is None or (stated or 0) < found)
+        if stated not in (None, found) and not may_differ:
             cluster = None if found is None else toml_value(format_size(found))
             yield Difference(key=f"{key}.{name}", profile=toml_value(format_size(stated)), cluster=cluster)
     nothing: dict[str, Any] = {"exclusive": False, "allowed_accounts": [], "allowed_qos": [], "billing_weights": {}}
@@ -133,7 +133,7 @@ def _of_features(key: str, stated: Iterable[str], offered: set[str]) -> Iterator
 def _of_hardware(site: Site, name: str, kinds: list[Kind]) -> Iterator[Difference]:
     hardware, key = site.hardware[name], dotted(("hardware", name))
     asked = None if hardware.gres is None else hardware.gres.partition(":{devices}")[0]
-    kind = next((kind for kind in kinds if kind.gres == asked), None)
+    kind = next((kind for kind in kinds if _is_asked_for(kind, asked)), None)
     if kind is None:
         spelt = [f"{kind.gres}:{{devices}}" for kind in kinds if kind.gres is not None]
         if asked is not None:  # without a GRES any node will do
@@ -146,6 +146,13 @@ def _of_hardware(site: Site, name: str, kinds: list[Kind]) -> Iterator[Differenc
         yield _differs(f"{key}.cores_per_node", hardware.cores_per_node, kind.cores)
     if hardware.memory > kind.memory_mib * 2**20:
         yield _differs(f"{key}.memory", format_size(hardware.memory), format_size(kind.memory_mib * 2**20))
+
+
+def _is_asked_for(kind: Kind, asked: str | None) -> bool:
+    """Whether nodes of this kind answer to a GRES; one without a type, "gpu", is that of any type."""
+    if kind.gres is None or asked is None:
+        return kind.gres is asked
+    return kind.gres == asked or kind.gres.startswith(f"{asked}:")
 
 
 def _of_qos(name: str, qos: Qos, cluster: LiveCluster) -> Iterator[Difference]:
