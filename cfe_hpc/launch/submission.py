@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import Plan, RunSpec
@@ -17,8 +18,10 @@ from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.provenance import WorkTree, provenance
-from cfe_hpc.launch.snapshot import Packed, Told, folder_of, take
 from cfe_hpc.runfolder import RunFolder, new_run_id, safe_name
+
+if TYPE_CHECKING:
+    from cfe_hpc.launch.snapshot import Packed, Told
 
 __all__ = ["Submitted", "prepare", "preview", "submit"]
 
@@ -37,7 +40,7 @@ def preview(loaded: Loaded, planned: Plan, work_tree: WorkTree) -> tuple[RunSpec
     """What `submit` would do now: run.toml, the folder (which is not made) and the script. Writes nothing."""
     run_id = new_run_id(loaded.job.name)
     folder = RunFolder(_runs_root(loaded) / safe_name(loaded.job.name) / run_id)
-    snapshot = folder_of(loaded, work_tree, _runs_root(loaded))
+    snapshot = _would_be_packed(loaded, work_tree)
     spec = _freeze(loaded, planned, work_tree, run_id, snapshot=snapshot)
     return spec, folder, backend_for(loaded.site.scheduler).preview(spec, folder)
 
@@ -59,7 +62,7 @@ def submit(
         ConfigError: the runs root cannot be written, or the code is too large.
         SchedulerError: it was refused; nothing is left behind but the snapshot of the code, which the next one uses.
     """
-    packed = take(loaded, work_tree, _runs_root(loaded), told=told)
+    packed = _packed(loaded, work_tree, told)
     with _new_folder(loaded, loaded.job.name) as folder:
         snapshot = None if packed is None else packed.folder
         spec = _freeze(loaded, planned, work_tree, folder.run_id, after, snapshot=snapshot)
@@ -84,6 +87,22 @@ def prepare(loaded: Loaded, planned: Plan, work_tree: WorkTree, *, name: str) ->
         spec = _freeze(loaded, planned, work_tree, folder.run_id)
         spec.write(folder.run_toml)
     return spec, folder
+
+
+def _would_be_packed(loaded: Loaded, work_tree: WorkTree) -> Path | None:
+    if work_tree.listing is None:
+        return None
+    from cfe_hpc.launch.snapshot import folder_of  # late: whoever is in no work tree has no use for it
+
+    return folder_of(loaded, work_tree, _runs_root(loaded))
+
+
+def _packed(loaded: Loaded, work_tree: WorkTree, told: Told | None) -> Packed | None:
+    if work_tree.listing is None:
+        return None
+    from cfe_hpc.launch.snapshot import take  # late, as above
+
+    return take(loaded, work_tree, _runs_root(loaded), told=told)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,9 @@ executor.update_parameters(slurm_partition="gpu", timeout_min=5, nodes=1, tasks_
 print(executor.submit(work).job_id)
 """
 
+IN_TREE = "cfe-hpc submit, in git"
+TREE_FILES = 400
+
 JOB = """\
 name = "bench"
 command = ["true"]
@@ -79,7 +82,23 @@ def cases(folder: Path) -> dict[str, tuple[Sequence[str], str | None, float | No
         "ten lines of submitit": ([*python, "ten.py"], None, None),
         "cfe-hpc submit": (submit, "ten lines of submitit", 2.0),
         "cfe-hpc submit --dry-run": ([*submit, "--dry-run"], "ten lines of submitit", None),
+        IN_TREE: (submit, "ten lines of submitit", 2.0),
     }
+
+
+def work_tree(folder: Path) -> Path:
+    """A git work tree of so many files, each with an import or two, and one that is not committed."""
+    tree = folder / "tree"
+    for number in range(TREE_FILES):
+        path = tree / f"package{number % 20}" / f"module{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import os\n" * 100)
+    shutil.copy(folder / "bench.toml", tree)
+    git = ["git", "-C", str(tree), "-c", "user.name=bench", "-c", "user.email=bench@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "code"]):
+        subprocess.run([*git, *words], check=True, stdout=subprocess.DEVNULL)
+    (tree / "package0" / "module0.py").write_text("import sys\n")
+    return tree
 
 
 def measure(folder: Path, runs: int) -> list[Row]:
@@ -87,7 +106,7 @@ def measure(folder: Path, runs: int) -> list[Row]:
     (folder / "ten.py").write_text(TEN_LINES)
     (folder / "bench.toml").write_text(JOB)
     (folder / "bare.sh").write_text("#!/bin/bash\ntrue\n")
-    todo = cases(folder)
+    todo, tree = cases(folder), work_tree(folder)
     seconds: dict[str, list[float]] = {name: [] for name in todo}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
@@ -95,7 +114,8 @@ def measure(folder: Path, runs: int) -> list[Row]:
         for name, (argv, _, _) in todo.items():
             began = time.perf_counter()
             # With a time limit, subprocess would look for the end in steps of up to 50 ms.
-            subprocess.run(argv, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            cwd = tree if name == IN_TREE else folder
+            subprocess.run(argv, cwd=cwd, env=environment, check=True, stdout=subprocess.DEVNULL)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
         # Only what is submitted is of interest; jobs that pile up and run would disturb the clock.
