@@ -176,6 +176,7 @@ def test_a_run_stays_while_its_weights_are_exported(capsys: pytest.CaptureFixtur
     age(run.path, 0.1 * DAY_S)
     (slurm / "queue").write_text("17|COMPLETED|N/A||None\n18|PENDING|N/A||Priority\n")
     assert chosen(plan(capsys, "--older", "1h")) == set()
+    assert len((slurm / "asked").read_text().splitlines()) == 1
     (slurm / "queue").write_text("17|COMPLETED|N/A||None\n")
     assert chosen(plan(capsys, "--older", "1h")) == {run.path}
 
