@@ -115,7 +115,7 @@ def proposals(loaded: Loaded, *, facts: Facts | None, ask: Ask | None, now_s: fl
     for proposal in plain:
         for changes in _variants(loaded, proposal, now_s):
             variant = judged(loaded, proposal.partition, facts=facts, ask=counted, now_s=now_s, changes=changes)
-            if _gains(variant, proposal):
+            if _gains(variant, proposal, asked=ask is not None):
                 found.append(variant)
                 break
     return ranked(found, loaded.site, now_s)
@@ -204,7 +204,7 @@ def _variants(loaded: Loaded, proposal: Proposal, now_s: float) -> Iterator[dict
     """Changes that may let the job start earlier there, or at all: the time first, for that costs nothing but further
     attempts."""
     if proposal.possible and (proposal.start_s is None or proposal.start_s <= now_s + SOON_S):
-        return
+        return  # soon enough; or nobody knows, and would not know of a variant
     yield from _shorter(loaded, proposal)
     yield from _shapes(loaded, proposal)
 
@@ -240,13 +240,17 @@ def _shapes(loaded: Loaded, proposal: Proposal) -> Iterator[dict[str, Any]]:
         yield {"nodes": count, "devices_per_node": devices // count}
 
 
-def _gains(variant: Proposal, plain: Proposal) -> bool:
-    """Whether a change is worth telling: the job can start, and could not, or starts noticeably earlier."""
-    if not variant.possible or variant.obstacles:
+def _gains(variant: Proposal, plain: Proposal, *, asked: bool) -> bool:
+    """Whether a change is worth telling: the job can start, and could not, or starts noticeably earlier.
+
+    Args:
+        asked: Slurm says when jobs start: what has no start then was refused, or one question too many.
+    """
+    if not variant.possible or variant.obstacles or (asked and variant.start_s is None):
         return False
-    if not plain.possible or plain.start_s is None:
-        return True
-    return variant.start_s is not None and variant.start_s < plain.start_s - SOON_S
+    if not plain.possible or plain.start_s is None or variant.start_s is None:
+        return not plain.possible
+    return variant.start_s < plain.start_s - SOON_S
 
 
 _ERRORS = {"account-missing": "account", "account": "account", "qos": "QOS", "model-memory": "device memory",
