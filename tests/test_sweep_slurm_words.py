@@ -280,3 +280,10 @@ def test_verbs_about_one_run_want_a_task_to_be_named(capsys: Capture) -> None:
     assert main(["checkpoints", "ls", f"{sweep.run_id}.1", "--site", "minislurm", "--json"]) == 0
     assert main(["report", str(sweep.path)]) == 0
     assert f"{sweep.run_id}.000001" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_divide_in_some_task_is_refused(capsys: Capture) -> None:
+    words = ["--site", "minislurm", "--sweep", "params.micro_batch=1,2,3"]
+    assert main(["submit", "smoke_2rank", *words]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) >= 1 and "task 2: does not divide among 2 ranks with micro_batch = 3" in told[-1]

@@ -79,6 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     loaded = common.with_partition(loaded, work_tree)
     planned, measured = plan_with_history(loaded)
     _heed_checks(common.of_one_run(loaded), planned, measured)
+    if loaded.job.sweep is not None:
+        from cfe_hpc.cli.submit_sweep import heed_batches
+
+        heed_batches(loaded, planned)
     if args.dry_run:
         return _show(args, loaded, planned, measured, work_tree)
 

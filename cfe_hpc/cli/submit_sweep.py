@@ -6,19 +6,50 @@ import argparse
 import gc
 import sys
 import time
+from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cfe_hpc.cli import common
+from cfe_hpc.config.environment import TRAIN_ENTRY
+from cfe_hpc.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from cfe_hpc.config.load import Loaded
     from cfe_hpc.config.run import Plan, RunSpec
     from cfe_hpc.launch.submission import Submitted
     from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["plan_rows", "show", "tell", "wait"]
+__all__ = ["heed_batches", "plan_rows", "show", "tell", "wait"]
 
 _LOOK_EVERY_S = 2.0
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "HELD")
+
+
+def heed_batches(loaded: Loaded, planned: Plan) -> None:
+    """Refuse a sweep of the shipped training in which the batch of some task does not divide among the ranks: the other
+    checks look at the first task alone.
+
+    Raises:
+        ConfigError: holds a problem for each such batch.
+    """
+    if loaded.job.entry != TRAIN_ENTRY or loaded.job.sweep is None:
+        return
+    from cfe_hpc.config.sweep_rules import read_tasks, task_job
+
+    # By dotted name: nothing of the train side is loaded for other jobs.
+    config = import_module("cfe_hpc.train.config")
+    tasks, problems = read_tasks(loaded.job.sweep), dict[str, Problem]()
+    for number in range(tasks.tasks):
+        try:
+            params = config.read_params(task_job(loaded.job, tasks, number).params, file=loaded.job_file)
+            config.grad_accum_steps(params, world_size=planned.world_size, file=loaded.job_file)
+        except ConfigError as error:
+            for problem in error.problems:
+                told = replace(problem, what=f"task {number}: {problem.what}")
+                problems.setdefault(f"{problem}", told)
+    if problems:
+        raise ConfigError(list(problems.values()))
 
 
 def plan_rows(spec: RunSpec) -> list[tuple[str, str]]:
