@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,14 @@ def _planned(loaded: Loaded) -> Plan:
 def test_limits_are_read_as_slurm_prints_them(facts: Facts) -> None:
     assert (facts.array_max, facts.enforced, facts.part_limits_refuse) == (1001, True, False)
     small = facts.partitions["small"]
-    assert (small.nodes, small.nodes_max, small.time_limit_s) == ({"n1", "n2"}, 1, 3600)
+    assert (small.nodes, small.nodes_max, small.time_limit_s) == (frozenset({"n1", "n2"}), 1, 3600)
     assert small.weights == {"cpu": 1.0, "mem": 0.25, "gres/gpu": 16.0}
     assert facts.partitions["vip"].accounts_allowed == {"vip"}
     assert facts.partitions["memcap"].memory_max_mib == 2000
     [shape] = facts.partitions["gaudi"].shapes
     assert (shape.nodes, shape.cores, shape.memory_mib, shape.devices["gpu:gaudi3"]) == (1, 8, 8000, 8)
     [reservation] = facts.reservations
-    assert (reservation.nodes, reservation.end_s - reservation.start_s) == ({"n1", "n2"}, 7200)
+    assert (reservation.nodes, reservation.end_s - reservation.start_s) == (frozenset({"n1", "n2"}), 7200)
 
 
 def test_limits_of_qos_and_accounts_come_with_what_is_used(facts: Facts) -> None:
@@ -213,7 +213,7 @@ def test_without_prices_nothing_is_known_but_what_slurm_bills(job: Callable[...,
 # What is proposed
 
 
-def _asked(starts: dict[str, float]) -> Callable[[Plan], Answer]:
+def _asked(starts: Mapping[str, float]) -> Callable[[Plan], Answer]:
     """Answers with the seconds from now at which a partition starts a job; others refuse it."""
 
     def answer(planned: Plan) -> Answer:
@@ -224,7 +224,7 @@ def _asked(starts: dict[str, float]) -> Callable[[Plan], Answer]:
     return answer
 
 
-def _names(loaded: Loaded, starts: dict[str, float]) -> list[str]:
+def _names(loaded: Loaded, starts: Mapping[str, float]) -> list[str]:
     found = proposals(loaded, facts=None, ask=_asked(starts), now_s=NOW_S)
     return [each.partition for each in found if each.possible and not each.changes]
 

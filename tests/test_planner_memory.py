@@ -33,8 +33,8 @@ SHAPES = (
     {"d_model": 64, "layers": 3, "heads": 4, "seq_len": 32, "vocab_size": 512},
     {"d_model": 128, "layers": 2, "heads": 2, "seq_len": 128, "d_ff": 256, "rope_variant": "irope"},
 )
-TRAIN = {"entry": "cfe_hpc.train.main:run"}
-OTHER = {"command": ["python", "train.py"]}
+TRAIN: dict[str, Any] = {"entry": "cfe_hpc.train.main:run"}
+OTHER: dict[str, Any] = {"command": ["python", "train.py"]}
 
 
 def _estimate(partition: str = "gpu", nodes: int = 8, **tables: Any) -> MemoryEstimate | None:
