@@ -138,8 +138,9 @@ def test_too_much_is_refused_by_name(tree: Tree) -> None:
     with pytest.raises(ConfigError) as caught:
         tree.take('snapshot.size_max="20kB"')
     assert str(caught.value) == (
-        f"job.toml: snapshot.size_max: less than the 29.3 KiB of code in {tree.top}; the largest: weights.bin 29.3 KiB, "
-        "job.toml 30 B, .gitignore 12 B (19.5 KiB); name data in .gitignore, raise it, or submit with --no-snapshot"
+        f"job.toml: snapshot.size_max: less than the 29.3 KiB of code in {tree.top}; the largest: weights.bin "
+        "29.3 KiB, job.toml 30 B, .gitignore 12 B (19.5 KiB); name data in .gitignore, raise it, or submit with "
+        "--no-snapshot"
     )
     assert not (tree.runs / SNAPSHOTS).exists()
 

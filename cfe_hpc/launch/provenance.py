@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,18 +52,19 @@ class WorkTree:
         self._head: list[str] = []
         self._diff: str | None = None
         self._listing: Listing | None = None
-        self._threads = [self._begin("git-files", self._ask_files), self._begin("git-diff", self._ask_diff)]
+        self._thread = threading.Thread(target=self._ask, name="git", daemon=True)
+        self._thread.start()
 
     @property
     def commit(self) -> str | None:
         """HEAD; None outside a work tree, without git, or before the first commit."""
-        self._wait()
+        self._thread.join()
         return self._head[1] if len(self._head) > 1 else None
 
     @property
     def diff_sha256(self) -> str | None:
         """Of `git diff HEAD`; None when there is no difference, or no work tree."""
-        self._wait()
+        self._thread.join()
         if not self._diff:
             return None
         import hashlib  # late: it loads OpenSSL, and a clean tree needs none
@@ -73,22 +74,14 @@ class WorkTree:
     @property
     def listing(self) -> Listing | None:
         """The files; None outside a work tree or without git."""
-        self._wait()
+        self._thread.join()
         return self._listing
 
     def again(self) -> WorkTree:
         """The same folder, asked anew."""
         return WorkTree(self._folder)
 
-    def _wait(self) -> None:
-        for thread in self._threads:
-            thread.join()
-
-    def _ask_diff(self) -> None:
-        # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
-        self._diff = _git(self._folder, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
-
-    def _ask_files(self) -> None:
+    def _ask(self) -> None:
         # Before the first commit it prints the folder, and then fails.
         said = _git(self._folder, "rev-parse", "--show-toplevel", "HEAD", whatever=True)
         head = [] if said is None else said.splitlines()
@@ -101,11 +94,9 @@ class WorkTree:
         status = _git(top, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
         if staged is not None and status is not None:
             self._listing = _listing(top, staged, status)
-
-    def _begin(self, name: str, ask: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=ask, name=name, daemon=True)
-        thread.start()
-        return thread
+        if self._listing is not None and self._listing.changed:
+            # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
+            self._diff = _git(top, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 def _git(folder: Path, *words: str, whatever: bool = False) -> str | None:
