@@ -183,6 +183,16 @@ def test_a_full_disk_is_told_in_one_line(here: Path) -> None:
         assert_told(MISTAKES["disk full"], make(MISTAKES["disk full"], here))
 
 
+def test_a_disk_that_has_no_room_for_data_is_told_in_one_line(here: Path) -> None:
+    mistake = Mistake(
+        words="data build {here}/full/tokens.h5 --stdlib --max-bytes 1MiB",
+        status=1,
+        error=f"{here}/full/tokens.h5: cannot be written (No space left on device); free space or choose another",
+    )
+    with mounted(here / "full", "-t", "tmpfs", "-o", "size=64k", "none"):
+        assert_told(mistake, make(mistake, here))
+
+
 def test_a_disk_that_becomes_full_while_a_run_is_made_leaves_no_half_of_one(here: Path) -> None:
     mistake = Mistake(
         words="submit job.toml --set site.storage.runs_root={here}/full/runs --ignore disk-full",

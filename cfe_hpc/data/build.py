@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -92,8 +93,9 @@ def build(
         fsync_file(aside)
         os.replace(aside, output)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{output}: cannot be written ({reason}); free space or choose another folder") from error
+        _unclosable.append(error)
+        what = f"{output}: cannot be written ({_reason(error)})"
+        raise DataError(f"{what}; free space or choose another folder") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             aside.unlink()
@@ -119,6 +121,17 @@ def _require_output(output: Path, options: BuildOptions) -> None:
         raise UsageError(f"{output}: exists; give --force to replace it")
     if not output.parent.is_dir():
         raise UsageError(f"{output}: no such folder ({output.parent}); make it first")
+
+
+_unclosable: list[Exception] = []
+"""Errors whose frames hold parts of a file that could not be closed: HDF5 (2.0) crashes when those are freed."""
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why, in the system's words: HDF5 wraps them in many of its own, over several lines."""
+    text = getattr(error, "strerror", None) or str(error)
+    number = re.search(r"errno = (\d+)", text)
+    return os.strerror(int(number[1])) if number else " ".join(text.split())
 
 
 def _write(aside: Path, plan: Plan, progress: Progress | None) -> dict[str, SplitFacts]:
