@@ -134,6 +134,7 @@ PREPARE: dict[str, Callable[[Stage], object]] = {
     "runs-root": lambda stage: (stage.here / "file").write_text(""),
     "gateway-password": lambda stage: stage.patch.setenv("CFE_PUSHGATEWAY_PASSWORD", "word"),
     "remote-tier": lambda stage: stage.patch.setitem(sys.modules, "fsspec", None),
+    "metrics-package": lambda stage: stage.patch.setitem(sys.modules, "prometheus_client", None),
     "remote-package": lambda stage: stage.patch.setitem(sys.modules, "adlfs", None),
 }
 
@@ -276,6 +277,8 @@ VARIANTS = [
     ("gres-missing", ["site.partitions.gpu.exclusive=true"], None),
     ("threads", ["launch.environment.OMP_NUM_THREADS='16'"], None),
     ("cost", ["resources.time=7h"], None),
+    ("model-memory", ["engine.zero_stage=1"], ("device-memory", "less than the ")),
+    ("model-memory", ["site.hardware.h100.device_memory=16GB"], None),
     ("quota", ["sweep.axes={'params.seed'=[1,2]}", "params.seed=0"], "3 checkpoints and the next one, for each of 2"),
     ("quota", ["site.storage.quota=1GB"], None),
     ("offload-stage", ["engine.zero_stage=3"], None),

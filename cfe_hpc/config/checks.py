@@ -113,7 +113,7 @@ CHECKS: dict[str, Row] = {
     "deepspeed-trainer": Row(
         "error", "[engine.deepspeed] sets what the [params] of the shipped training decide", "set it in [params]"
     ),
-    "offload-stage": Row("error", "offloading that the ZeRO stage does not allow", "raise `engine.zero_stage`"),
+    "offload-stage": Row("warning", "offloading that the ZeRO stage does not allow", "raise `engine.zero_stage`"),
     "offload-path": Row("error", "offloading to NVMe names no folder", "set `nvme_path`"),
     "optimizer": Row(
         "error", "an optimizer that DeepSpeed cannot use that way", "choose another, or do not offload it"
@@ -235,9 +235,12 @@ CHECKS: dict[str, Row] = {
     ),
     "elastic-local": Row("note", "`launch.nodes_min` on this machine", "nothing: it counts on Slurm"),
     # Ports and addresses.
-    "port-privileged": Row("error", "a port that only root may open", "choose one from 1024 on"),
-    "port-taken": Row("error", "a port that another process of this machine has", "choose another"),
+    "port-privileged": Row("warning", "a port that only root may open", "choose one from 1024 on"),
+    "port-taken": Row("warning", "a port that another process of this machine has", "choose another"),
     "port-ephemeral": Row("note", "a port that a connection going out may have first", "choose one below the range"),
+    "metrics-package": Row(
+        "warning", "metrics are asked for, and prometheus_client is not installed", "`pip install cfe-hpc[train]`"
+    ),
     "gateway-loopback": Row(
         "warning", "nodes would look for the gateway on themselves", "name its host as nodes see it"
     ),

@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from cfe_hpc.errors import Problem
 from cfe_hpc.launch.checks.facts import Facts
 
-__all__ = ["gateway_loopback", "gateway_password", "not_yet", "port_ephemeral", "port_privileged", "port_taken"]
+__all__ = [
+    "gateway_loopback",
+    "gateway_password",
+    "metrics_package",
+    "not_yet",
+    "port_ephemeral",
+    "port_privileged",
+    "port_taken",
+]
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PRIVILEGED = 1024
@@ -22,7 +31,9 @@ def port_privileged(facts: Facts) -> Iterator[Problem]:
     port = facts.job.metrics.port
     if port is not None and port < _PRIVILEGED:
         remedy = "choose one above, for example 9464"
-        yield facts.problem("job.metrics.port", f"only root may open ports below {_PRIVILEGED}", remedy, port)
+        yield facts.problem(
+            "job.metrics.port", f"only root may open ports below {_PRIVILEGED}: nobody could scrape it", remedy, port
+        )
 
 
 def port_taken(facts: Facts) -> Iterator[Problem]:
@@ -35,7 +46,7 @@ def port_taken(facts: Facts) -> Iterator[Problem]:
         try:
             probe.bind(("", port))
         except OSError as error:
-            what = f"cannot be opened on this machine: {error.strerror}"
+            what = f"cannot be opened on this machine now: {error.strerror}"
             yield facts.problem("job.metrics.port", what, "choose another, or end what has it", port)
 
 
@@ -48,6 +59,14 @@ def port_ephemeral(facts: Facts) -> Iterator[Problem]:
     if port is not None and first <= port <= last:
         what = f"connections going out take ports from {first} to {last}, and may have it first"
         yield facts.problem("job.metrics.port", what, f"choose one below {first}, for example 9464", port)
+
+
+def metrics_package(facts: Facts) -> Iterator[Problem]:
+    metrics = facts.job.metrics
+    wanted = next((key for key in ("pushgateway", "port") if getattr(metrics, key) is not None), None)
+    if wanted is not None and facts.site.environment.python is None and find_spec("prometheus_client") is None:
+        what = "prometheus_client is not installed: no figure would leave the run folder"
+        yield facts.problem(f"job.metrics.{wanted}", what, 'pip install "cfe-hpc[train]"', getattr(metrics, wanted))
 
 
 def gateway_loopback(facts: Facts) -> Iterator[Problem]:

@@ -96,6 +96,7 @@ LOOKS: dict[str, Look] = {
     "port-privileged": addresses.port_privileged,
     "port-taken": addresses.port_taken,
     "port-ephemeral": addresses.port_ephemeral,
+    "metrics-package": addresses.metrics_package,
     "gateway-loopback": addresses.gateway_loopback,
     "gateway-password": addresses.gateway_password,
     "not-yet": addresses.not_yet,

@@ -28,6 +28,9 @@ __all__ = [
 _LEAST_BYTES, _LEAST_FILES = 1 << 20, 64
 """Below this not even a run folder can be written."""
 
+_STATES = ("weights", "gradients", "optimizer")
+"""What is there in every step for sure; the rest of an estimate is reckoned more freely."""
+
 _FILES_OF_A_RUN = 40
 """Without logs and checkpoints: what `submit` writes, and promises between processes."""
 
@@ -36,9 +39,9 @@ def model_memory(facts: Facts) -> Iterator[Problem]:
     found = _device(facts)
     if found is None:
         return
-    taken, activations, there = found
-    if taken - activations > there:
-        what = f"less than the {format_size(taken - activations)} that model and optimizer take of each device"
+    _, states, there = found
+    if states > there:
+        what = f"less than the {format_size(states)} that model and optimizer take of each device"
         remedy = "use a higher ZeRO stage, more devices, or offload"
         yield _of_hardware(facts, "device_memory", what, remedy, there)
 
@@ -47,20 +50,24 @@ def device_memory(facts: Facts) -> Iterator[Problem]:
     found = _device(facts)
     if found is None:
         return
-    taken, activations, there = found
-    if taken > there >= taken - activations:
-        what = f"less than the {format_size(taken)} or so that each device needs, activations included"
-        remedy = "lower params.micro_batch; at run time it is halved by itself"
+    taken, states, there = found
+    if taken > there >= states:
+        known = facts.params is not None
+        counted = "activations included" if known else "buffers included, activations aside"
+        what = f"less than the {format_size(taken)} or so that each device needs, {counted}"
+        remedy = "use a higher ZeRO stage, or more devices"
+        if known:
+            remedy = "lower params.micro_batch; at run time it is halved by itself"
         yield _of_hardware(facts, "device_memory", what, remedy, there)
 
 
 def _device(facts: Facts) -> tuple[int, int, int] | None:
-    """Bytes of a device that are taken, those of activations among them, and those there are."""
+    """Bytes of a device that are taken, those of the model's states among them, and those there are."""
     memory, there = facts.memory, facts.hardware.device_memory
     if memory is None or there is None or facts.plan.accelerator == "cpu":
         return None
-    activations = sum(part.size_bytes for part in memory.parts if part.name == "activations")
-    return memory.device_bytes, activations, there
+    states = sum(part.size_bytes for part in memory.parts if part.where == "device" and part.name in _STATES)
+    return memory.device_bytes, states, there
 
 
 def _of_hardware(facts: Facts, key: str, what: str, remedy: str, size_bytes: int) -> Problem:
