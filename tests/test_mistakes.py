@@ -193,6 +193,16 @@ def test_a_disk_that_has_no_room_for_data_is_told_in_one_line(here: Path) -> Non
         assert_told(mistake, make(mistake, here))
 
 
+def test_output_that_finds_no_room_is_told_in_one_line(here: Path) -> None:
+    words = [sys.executable, "-m", "cfe_hpc", "sites", "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=here, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: output: No space left on device; make room on that disk\n",
+    )
+
+
 def test_a_disk_that_becomes_full_while_a_run_is_made_leaves_no_half_of_one(here: Path) -> None:
     mistake = Mistake(
         words="submit job.toml --set site.storage.runs_root={here}/full/runs --ignore disk-full",

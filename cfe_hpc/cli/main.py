@@ -158,7 +158,7 @@ def _run(verb: Verb, parser: argparse.ArgumentParser, words: Sequence[str]) -> i
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; {remedy}", file=sys.stderr)
         return 1
 
 
