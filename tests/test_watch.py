@@ -18,10 +18,10 @@ from run_specs import run_spec
 from terminal import Terminal
 
 from cfe_hpc.launch.occupancy import Occupancy
-from cfe_hpc.reports.status import RunStatus
+from cfe_hpc.reports.status import RunStatus, SchedulerWord
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.screen import cells
-from cfe_hpc.screen.feed import Line
+from cfe_hpc.screen.feed import Feed, Line
 
 QUEUE = """\
 41|RUNNING|x|n[1-4]|None
@@ -116,9 +116,8 @@ def test_what_it_shows_in_80_columns(desk: Desk, terminal: Terminal) -> None:
 
 
 def test_it_goes_on_by_itself_and_asks_squeue_no_more_than_the_site_likes(desk: Desk, terminal: Terminal) -> None:
-    desk.beat(desk.training, 31)
-    terminal.wait_for("31/1000")
     (desk.root / "runs" / "wait").rename(desk.root / "elsewhere")
+    desk.beat(desk.training, 31)
     terminal.wait_for("31/1000", gone=["wait-ab02"])
     assert (len(desk.called("squeue")), len(desk.called("sinfo"))) == (1, 1)
     terminal.press("q")
@@ -181,6 +180,26 @@ def test_one_run_alone(desk: Desk) -> None:
     with Terminal(argv, cwd=desk.root, env=desk.env) as terminal:
         shown = terminal.wait_for("train-ab01", "1 running")
         assert "stuck" not in shown
+
+
+def test_a_sweep_is_its_tasks(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text('name = "sweep"\ncommand = ["true"]\nrecovery.preflight = false\n')
+    words = ["submit", "job.toml", "--sweep", "params.x=1,2,3", "--wait", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cfe_hpc", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    sweep = RunFolder(Path(json.loads(done.stdout)["run_dir"]))
+    asked: list[Any] = []
+
+    def ask(live: Any) -> tuple[dict[str, SchedulerWord], list[str]]:
+        asked.append(live)
+        return {}, []
+
+    picture = Feed(roots=[], ask=ask, only=sweep).picture()
+    assert [line.status.run_id for line in picture.lines] == [f"{sweep.run_id}.{task:06d}" for task in (2, 1, 0)]
+    assert picture.counts == {"COMPLETED": 3}
+    assert len(asked) == 1
 
 
 def test_it_needs_a_terminal(desk: Desk) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,8 @@ from cfe_hpc.files import read_ndjson
 from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.occupancy import Occupancy, occupancy
 from cfe_hpc.reports.roster import Roster
-from cfe_hpc.reports.status import RunStatus, SchedulerWord
+from cfe_hpc.reports.status import RunStatus, SchedulerWord, is_settled, read_status
+from cfe_hpc.reports.sweep import live_jobs, read_sweep
 from cfe_hpc.runfolder import RunFolder
 from cfe_hpc.units import epoch_s
 
@@ -59,7 +60,6 @@ class Picture:
         hidden: runs that ended so long ago that they have no line.
         counts: runs by state, those hidden too.
         failures: what schedulers that gave no answer said.
-        taken_s: epoch seconds.
     """
 
     lines: tuple[Line, ...]
@@ -67,15 +67,14 @@ class Picture:
     counts: Mapping[str, int]
     partitions: tuple[Occupancy, ...]
     failures: tuple[str, ...]
-    taken_s: float
 
 
 class Feed:
-    """Takes pictures of the runs under some roots, or of one.
+    """Takes pictures of the runs under some roots, of one, or of a sweep's tasks.
 
     Args:
         ask: asks schedulers about jobs, no more often than they like; see cli.status.ask.
-        only: the one run to show.
+        only: the one run, or sweep, to show.
     """
 
     def __init__(self, *, roots: Sequence[Path], ask: Ask, only: RunFolder | None = None) -> None:
@@ -83,26 +82,36 @@ class Feed:
 
     def picture(self) -> Picture:
         """The picture now. Reads files and may ask schedulers: seconds may pass."""
-        roster = Roster(self._roots, latest_job)
-        words, failures = self._ask(roster.unsettled())
-        counts: dict[str, int] = {}
+        statuses, words, failures = self._statuses()
+        counts: Counter[str] = Counter()
         live: list[Line] = []
-        ended: list[Line] = []
-        for status in roster.statuses(words):
-            if self._only is not None and status.run_id != self._only.run_id:
-                continue
-            counts[status.state] = counts.get(status.state, 0) + 1
+        ended: deque[Line] = deque(maxlen=_NUM_ENDED)
+        for status in statuses:
+            counts[status.state] += 1
             word = words.get(status.job_id or "")
             (ended if status.state in _OVER else live).append(_line(status, "" if word is None else word.nodes))
-        shown = [*sorted(reversed(live), key=_urgency), *reversed(ended[-_NUM_ENDED:])]
         return Picture(
-            lines=tuple(shown),
-            hidden=max(0, len(ended) - _NUM_ENDED),
+            lines=(*sorted(reversed(live), key=_urgency), *reversed(ended)),
+            hidden=sum(counts.values()) - len(live) - len(ended),
             counts=counts,
             partitions=occupancy(),
             failures=tuple(failures),
-            taken_s=time.time(),
         )
+
+    def _statuses(self) -> tuple[Iterable[RunStatus], Mapping[str, SchedulerWord], Sequence[str]]:
+        """(the runs, oldest first, what schedulers said of them, what those that gave no answer said)."""
+        only = self._only
+        if only is None:
+            roster = Roster(self._roots, latest_job)
+            words, failures = self._ask(roster.unsettled())
+            return roster.statuses(words), words, failures
+        if only.is_sweep:
+            words, failures = self._ask([(only, job) for job in live_jobs(only)])
+            return [task.status for task in read_sweep(only, words)], words, failures
+        job = latest_job(only)
+        words, failures = self._ask([] if job is None or is_settled(only) else [(only, job)])
+        job_id = None if job is None else str(job["job_id"])
+        return [read_status(only, job_id=job_id, word=words.get(job_id or ""))], words, failures
 
 
 def _urgency(line: Line) -> int:
