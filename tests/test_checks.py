@@ -277,7 +277,11 @@ VARIANTS = [
     ("gres-missing", ["site.partitions.gpu.exclusive=true"], None),
     ("threads", ["launch.environment.OMP_NUM_THREADS='16'"], None),
     ("cost", ["resources.time=7h"], None),
-    ("model-memory", ["engine.zero_stage=1"], ("device-memory", "less than the ")),
+    (
+        "model-memory",
+        ["engine.zero_stage=1", "site.hardware.h100.device_memory=2500MB"],
+        ("device-memory", "less than the "),
+    ),
     ("model-memory", ["site.hardware.h100.device_memory=16GB"], None),
     ("quota", ["sweep.axes={'params.seed'=[1,2]}", "params.seed=0"], "3 checkpoints and the next one, for each of 2"),
     ("quota", ["site.storage.quota=1GB"], None),
