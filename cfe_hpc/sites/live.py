@@ -14,7 +14,16 @@ from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.records import record
 from cfe_hpc.units import parse_duration_s
 
-__all__ = ["Kind", "LiveCluster", "LivePartition", "LiveQos", "Mode", "parse_cluster", "read_cluster"]
+__all__ = [
+    "Kind",
+    "LiveCluster",
+    "LivePartition",
+    "LiveQos",
+    "Mode",
+    "parse_cluster",
+    "parse_weights",
+    "read_cluster",
+]
 
 Mode = Literal["off", "requeue", "cancel", "suspend"]
 
@@ -299,7 +308,7 @@ def _partition(said: Mapping[str, str], kinds: Mapping[str, Counter[Kind]], conf
         memory_max_mib=_number(said.get("MaxMemPerNode"), config.get("MaxMemPerNode")),
         allowed_accounts=_names(said.get("AllowAccounts", "ALL")),
         allowed_qos=_names(said.get("AllowQos", "ALL")),
-        billing_weights=_weights(said.get("TRESBillingWeights", "")),
+        billing_weights=parse_weights(said.get("TRESBillingWeights", "")),
         needs_reservation=said.get("ReqResv") == "YES",
         over_time_limit_s=60.0 * int(over) if over.isdigit() else None,
         kinds=tuple(kinds.get(said["PartitionName"], Counter()).most_common()),
@@ -315,7 +324,7 @@ def _names(text: str) -> tuple[str, ...] | None:
     return None if text == "ALL" else tuple(filter(None, text.split(",")))
 
 
-def _weights(text: str) -> dict[str, float]:
+def parse_weights(text: str) -> dict[str, float]:
     """{"cpu": 1.0, "mem": 0.25} of "CPU=1.0,Mem=0.25G": memory is weighted for each MiB, or for the unit named."""
     found: dict[str, float] = {}
     for entry in text.split(","):
