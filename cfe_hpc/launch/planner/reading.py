@@ -18,6 +18,7 @@ from cfe_hpc.launch.planner.facts import Facts, Limits, PartitionFacts, Reservat
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.nodelist import expand
 from cfe_hpc.ranks.records import record
+from cfe_hpc.sites.live import parse_weights
 from cfe_hpc.units import epoch_s, parse_duration_s, parse_size_bytes
 
 __all__ = ["parse_facts", "read_facts"]
@@ -155,21 +156,9 @@ def _partition(said: Mapping[str, str], shapes: tuple[Shape, ...]) -> PartitionF
         memory_max_mib=_limit(said.get("MaxMemPerNode")),
         root_only=said.get("RootOnly") == "YES",
         needs_reservation=said.get("ReqResv") == "YES",
-        weights=_weights(said.get("TRESBillingWeights", "")),
+        weights=parse_weights(said.get("TRESBillingWeights", "")),
         shapes=shapes,
     )
-
-
-def _weights(text: str) -> dict[str, float]:
-    """Billing weights of each TRES, that of memory for each GiB, whatever unit it is given for (MiB when none)."""
-    found = {}
-    for entry in filter(None, text.split(",")):
-        name, _, weight = entry.partition("=")
-        match = re.fullmatch(r"([\d.]+)([KMGTP]?)", weight, re.IGNORECASE)
-        if match is not None:
-            gib = 2**30 / (parse_size_bytes(f"1{match[2]}") if match[2] else 2**20)
-            found[name.lower()] = float(match[1]) * (gib if name.lower() == "mem" else 1.0)
-    return found
 
 
 def _shapes(shown: str) -> dict[str, tuple[Shape, ...]]:
