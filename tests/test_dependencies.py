@@ -8,10 +8,13 @@ import pytest
 from launching import make_folder, make_spec
 from slurm_programs import calls, slurm
 
+from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.dependencies import awaited, dependency, dependents, keep_up, note_dependent
+from cfe_hpc.launch.follow import follow
 from cfe_hpc.ranks import successor
 from cfe_hpc.ranks.dependents import move_dependents, moved
+from cfe_hpc.reports.status import SchedulerWord, read_status
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["slurm"]  # a fixture
@@ -23,6 +26,13 @@ def new_run(root: Path, *, job_id: str | None = None, state: str | None = None) 
         successor.record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
     if state is not None:
         folder.write_result({"state": state})
+    return folder
+
+
+def follower(root: Path, of: RunFolder, *, job_id: str) -> RunFolder:
+    spec = make_spec(root, scheduler="slurm", site={"slurm": {"poll_interval": 0.05}})
+    folder = make_folder(root / "runs", spec.model_copy(update={"after": [str(of.path)]}))
+    successor.record_job(folder, job_id=job_id, scheduler="slurm", attempt_base=0)
     return folder
 
 
@@ -118,6 +128,27 @@ def test_a_successor_that_came_while_a_job_was_sent_is_waited_for(tmp_path: Path
     (slurm / "queue").write_text("50|afterok:7(unfulfilled),afterok:8(unfulfilled)\n")
     keep_up([first, second], options)
     assert calls(slurm) == ["scontrol update JobId=50 Dependency=afterok:7,afterok:41"]
+
+
+def test_a_run_that_waits_in_vain_says_for_which(tmp_path: Path, slurm: Path) -> None:
+    first = new_run(tmp_path, job_id="7")
+    second = follower(tmp_path, first, job_id="8")
+    third = follower(tmp_path, second, job_id="9")
+    waiting = SchedulerWord(state="PENDING", reason="Dependency")
+    told = read_status(second, job_id="8", word=waiting)
+    assert (told.state, told.reason) == ("PENDING", f"waits for {first.run_id}")
+    first.append_event("started", attempt=0)
+    first.write_result({"state": "FAILED", "reason": "rank 0 exited with status 3\nand more"})
+    vain = f"never started: {first.run_id} ended FAILED: rank 0 exited with status 3"
+    for run in (second, third):
+        for word in (SchedulerWord(state="CANCELLED"), None):
+            told = read_status(run, job_id="8", word=word)
+            assert (told.state, told.reason) == ("CANCELLED", vain)
+    said: list[str] = []
+    assert follow(third, RunSpec.read(third.run_toml), said.append) == "CANCELLED"
+    assert said[-1] == vain
+    with pytest.raises(UsageError, match=f"^--after: {third.run_id}: {vain}; requeue it"):
+        awaited([third])
 
 
 def test_a_run_remembers_who_follows_it_as_far_as_they_are_there(tmp_path: Path) -> None:

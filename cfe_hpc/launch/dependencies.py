@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cfe_hpc.errors import UsageError
+from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, records
+from cfe_hpc.process import CommandError
 from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.ranks.successor import record
 from cfe_hpc.recovery.upstream import in_vain
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["awaited", "dependency", "dependents", "keep_up", "note_dependent"]
+__all__ = ["awaited", "dependency", "dependents", "keep_up", "note_dependent", "take_along"]
 
 
 def awaited(after: Iterable[RunFolder], *, by: RunFolder | None = None) -> list[RunFolder]:
@@ -78,7 +79,15 @@ def keep_up(upstream: Sequence[RunFolder], options: Sequence[str]) -> None:
             continue
         *before, now = [str(job["job_id"]) for job in all_jobs(folder)]
         for job_id in set(before).intersection(told) if now not in told else ():
-            move_dependents(job_id, now)
+            take_along(job_id, now)
+
+
+def take_along(before: str, now: str) -> None:
+    """Let what waits for job `before` wait for `now`. Raises SchedulerError: Slurm refused, or gives no answer."""
+    try:
+        move_dependents(before, now)
+    except CommandError as error:
+        raise SchedulerError(f"{error}; what waits for job {before} may never start") from error
 
 
 def note_dependent(upstream: Iterable[RunFolder], folder: RunFolder) -> None:

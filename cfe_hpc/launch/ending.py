@@ -12,10 +12,9 @@ from typing import Literal
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.launch.backend import Backend, backend_for
-from cfe_hpc.launch.dependencies import awaited, dependents
+from cfe_hpc.launch.dependencies import awaited, dependents, take_along
 from cfe_hpc.launch.jobs import all_jobs, latest_attempt, latest_job, unused_attempt
 from cfe_hpc.launch.states import JobState, RunState
-from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.recovery.result import write_result
 from cfe_hpc.runfolder import RunFolder
 
@@ -143,7 +142,7 @@ def _resubmit(folder: RunFolder, spec: RunSpec, backend: Backend) -> Outcome:
     before = _job_id(folder)
     job_id = _send_again(folder, spec, backend)
     if spec.site.scheduler == "slurm" and before is not None:
-        move_dependents(before, job_id)  # those that Slurm has not dropped yet
+        take_along(before, job_id)  # those that Slurm has not dropped yet
     followers = send_followers(folder.top)
     text = f"{folder.run_id}: goes on as job {job_id}{behind(followers)}"
     return Outcome(action="resubmitted", job_id=job_id, text=text, followers=tuple(followers))

@@ -30,7 +30,8 @@ def move_dependents(old: str, new: str) -> list[str]:
         The jobs that were moved.
 
     Raises:
-        SchedulerError: Slurm gives no answer, or refused one of them; the others have been moved.
+        CommandError: Slurm gives no answer; the call may be made again.
+        SchedulerError: it refused one of them; the others have been moved.
     """
     done, refused = [], []
     for job_id, dependency in waiting_for(old).items():
@@ -51,13 +52,10 @@ def waiting_for(job_id: str) -> dict[str, str]:
     """The user's pending jobs that wait for the end of a job: id to dependency, as squeue spells it. One call.
 
     Raises:
-        SchedulerError: Slurm gives no answer.
+        CommandError: Slurm gives no answer.
     """
     argv = ["squeue", "--noheader", "--states=PENDING", f"--user={os.getuid()}", "-o", "%F|%E"]
-    try:
-        printed = run(argv, timeout_s=_TIMEOUT_S).stdout
-    except CommandError as error:
-        raise SchedulerError(str(error)) from error
+    printed = run(argv, timeout_s=_TIMEOUT_S).stdout
     pattern = re.compile(_ON_END.format(job=re.escape(job_id)))
     rows = (line.strip().partition("|") for line in printed.splitlines())
     return {waiting: dependency for waiting, _, dependency in rows if pattern.search(dependency)}

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cfe_hpc.config.run import RunSpec
-from cfe_hpc.errors import SchedulerError
+from cfe_hpc.errors import CfeError, SchedulerError
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.dependents import move_dependents
 from cfe_hpc.ranks.jobrecords import record, record_job, records, unused_attempt
+from cfe_hpc.ranks.patience import insist
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
@@ -44,6 +45,8 @@ PICKLES = "submitit"
 TASK_PICKLE = "task.pkl"
 
 _SBATCH_TIMEOUT_S = 120.0
+_TAKE_ALONG_S = 20.0
+"""A preemption's grace is no longer on some sites."""
 
 # Of the job that sends, not of the one that is sent: Slurm's own and a rank's place. SBATCH_* would silently
 # override what the script states, and the script is what was planned, shown and frozen.
@@ -178,7 +181,7 @@ def submit_successor(folder: RunFolder, *, job_id: str, next_attempt: int, optio
 def _take_along(job_id: str, successor: str) -> None:
     """Let what waits for a job wait for its successor. The successor is there already: whatever happens, it stays."""
     try:
-        for waiting in move_dependents(job_id, successor):
+        for waiting in insist(lambda: move_dependents(job_id, successor), patience_s=_TAKE_ALONG_S):
             logger.info("job %s, which waits for %s, waits for its successor %s now", waiting, job_id, successor)
-    except SchedulerError as error:
+    except CfeError as error:
         logger.warning("what waits for job %s may never start: %s", job_id, error)
