@@ -56,7 +56,8 @@ class Resources(Strict):
     )
     partition: str | None = Field(
         None,
-        description="when left out the site's default one, or the first that has the accelerator asked for",
+        description="when left out the site's default one, or the first that has the accelerator asked for; `auto` "
+        "takes the one where the job starts first: planning.md",
         examples=['"gpu"'],
     )
     accelerator: Accelerator | None = Field(
