@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -17,7 +18,6 @@ from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.container import contained, srun_options
-from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.localranks import place_variables
 from cfe_hpc.launch.plan import plan
 from cfe_hpc.launch.script import exports, imports, prologue
@@ -137,9 +137,16 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
     if spec.site.scheduler != "slurm":
         facts = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
         record_job(folder, job_id=f"local-{os.getpid()}", scheduler="local", attempt_base=0, **facts)
+
+    def heard(line: str) -> None:
+        waits = re.match(r"srun: job (\d+) queued", line)
+        if waits:
+            record_job(folder, job_id=waits[1], scheduler="slurm", attempt_base=0)
+
     try:
         with _other_ranks(spec, folder):
-            code = in_terminal(session_argv(spec, folder), _environment(spec, 0))
+            argv = session_argv(spec, folder)
+            code = in_terminal(argv, _environment(spec, 0), heard=heard if argv[0] == "srun" else None)
     finally:
         begun = _close(folder)
     if not begun:
@@ -149,13 +156,14 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
 
 def _close(folder: RunFolder) -> bool:
     """Write down that the session has ended, unless the run said how; a folder in which nothing began is removed, and
-    the answer False then."""
+    the answer False then, unless somebody cancelled it."""
     if folder.result() is not None:
         return True
-    if latest_job(folder) is None:
+    cancelled = folder.promised("cancel") is not None
+    if folder.promised("debug-begun") is None and not cancelled:
         shutil.rmtree(folder.path, ignore_errors=True)
         return False
-    reason = "cancelled by the user" if folder.promised("cancel") else "the debug session has ended"
+    reason = "cancelled by the user" if cancelled else "the debug session has ended"
     folder.note_event("cancelled", attempt=0, reason=reason)
     write_result(folder, "CANCELLED", attempts=1, reason=reason)
     return True

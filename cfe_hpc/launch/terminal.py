@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from threading import Thread
 from types import FrameType
 
 from cfe_hpc.errors import SchedulerError
@@ -20,10 +22,15 @@ class _Told(Exception):
     """This process is told to end: by `cancel RUN`, or by a terminal that has gone."""
 
 
-def in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+def in_terminal(
+    argv: Sequence[str], environment: Mapping[str, str], *, heard: Callable[[str], None] | None = None
+) -> int:
     """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone.
 
     When this process is told to end (TERM, or HUP of a terminal that has gone) the program ends first.
+
+    Args:
+        heard: gets each line of the program's standard error, from a thread; they are shown all the same.
 
     Raises:
         SchedulerError: there is no such program.
@@ -36,7 +43,10 @@ def in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     program = None
     try:
-        program = subprocess.Popen(list(argv), env=dict(environment), preexec_fn=_hear_again)
+        stderr = None if heard is None else subprocess.PIPE
+        program = subprocess.Popen(list(argv), env=dict(environment), stderr=stderr, preexec_fn=_hear_again)
+        if heard is not None:
+            Thread(target=_listen, args=(program, heard), name="cfe-listen", daemon=True).start()
         status = program.wait()
     except _Told:
         status = -signal.SIGTERM if program is None else _end(program)
@@ -48,6 +58,14 @@ def in_terminal(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 - status if status < 0 else status
+
+
+def _listen(program: subprocess.Popen[bytes], heard: Callable[[str], None]) -> None:
+    assert program.stderr is not None
+    for line in program.stderr:
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+        heard(line.decode(errors="replace"))
 
 
 def _hear_again() -> None:

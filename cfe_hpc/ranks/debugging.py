@@ -28,8 +28,8 @@ from cfe_hpc.ranks import signals
 from cfe_hpc.ranks.child import die_with_parent
 from cfe_hpc.ranks.command import command_words, exit_code, program_environment
 from cfe_hpc.ranks.env import RankFacts, read_facts
+from cfe_hpc.ranks.jobrecords import record_job, records
 from cfe_hpc.ranks.redirect import redirect
-from cfe_hpc.ranks.successor import record_job
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["interactive_shell", "main", "under_debugger"]
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = read_facts()
     if facts.rank > 0:
         return _beside(folder, facts)
-    if os.environ.get("SLURM_JOB_ID") == facts.job_id:
+    folder.note("debug-begun", "the debug session has begun")
+    # `srun` may have told of it while it waited.
+    if not any(job["job_id"] == facts.job_id for job in records(folder, "job")):
         record_job(folder, job_id=facts.job_id, scheduler="slurm", attempt_base=0)
     try:
         return _in_terminal(folder, spec, facts, shell=args.shell)

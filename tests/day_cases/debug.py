@@ -65,6 +65,22 @@ def a_shell_starts_the_job_as_often_as_one_likes(stage: Stage) -> None:
     assert (status["state"], status["reason"]) == ("CANCELLED", "the debug session has ended")
 
 
+def a_session_that_waits_is_seen_and_cancelled(stage: Stage) -> None:
+    later = {"hardware": "h200", "queue": "gpu", "time_limit": "1h", "options": ["--begin=now+600"]}
+    site = site_file(stage.folder, debug_partition="later", partitions={"later": later})
+    with dialogue("debug", job(stage), "--site", site, cwd=stage.folder, env=stage.cluster.env) as shown:
+        shown.expect(r"srun: job (\d+) queued and waiting")
+        job_id = shown.match[1]
+        deadline = time.monotonic() + 30
+        while (status := json.loads(stage.cfe("status", "--json").stdout)[0])["job_id"] != job_id:
+            assert time.monotonic() < deadline, status
+        assert status["state"] == "PENDING"
+        stage.cfe("cancel", job_id)
+        assert ended(shown) != 0
+    (status,) = json.loads(stage.cfe("status", "--json").stdout)
+    assert status["state"] == "CANCELLED"
+
+
 def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
     run = stage.submit("gpu", nodes=2)
     run.wait_step(1, attempt=0)
@@ -103,6 +119,7 @@ def a_task_of_a_sweep_is_reached_by_its_number(stage: Stage) -> None:
 
 
 CASES = [
+    a_session_that_waits_is_seen_and_cancelled,
     a_task_of_a_sweep_is_reached_by_its_number,
     pdb_holds_the_first_of_two_ranks_in_the_debug_partition,
     a_shell_starts_the_job_as_often_as_one_likes,
