@@ -110,6 +110,7 @@ def test_references_are_replaced_wherever_they_may_stand() -> None:
 def test_an_override_is_for_all_stages_or_for_one() -> None:
     stages = load_pipeline(write(LINE), overrides=["resources.time=20m", "stage.score.resources.time=5m"])
     assert [stage.loaded.job.resources.time for stage in stages] == [1200.0, 1200.0, 300.0, 1200.0]
+    assert load("job.toml", overrides=["name=other"], stage="score").job.name == "other-score"
 
 
 def test_one_stage_of_a_pipeline_must_be_named() -> None:

@@ -138,12 +138,18 @@ def lay_stage(
     layers.lay(own, origin)
     if isinstance(base.get("name"), str):
         layers.lay({"name": f"{base['name']}-{chosen}"}, origin)
-    own_prefix = ("stage", chosen)
-    return [
-        (path[2:] if path[:2] == own_prefix else path, value, raw)
-        for path, value, raw in settings
-        if path[0] != "stage" or path[:2] == own_prefix
-    ]
+    return [*_settings_for(chosen, settings)]
+
+
+def _settings_for(stage: str, settings: Iterable[Setting]) -> Iterator[Setting]:
+    """Those that are for all stages, and this stage's own without their `stage.NAME`."""
+    for path, value, raw in settings:
+        if path == ("name",):
+            yield path, f"{value}-{stage}", f"{raw}-{stage}"
+        elif path[:2] == ("stage", stage):
+            yield path[2:], value, raw
+        elif path[0] != "stage":
+            yield path, value, raw
 
 
 def _read(table: Mapping[str, Any], file: str) -> dict[str, dict[str, Any]]:
