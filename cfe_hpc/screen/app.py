@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +26,8 @@ from cfe_hpc.screen.views import AskScreen, LogScreen
 __all__ = ["WatchApp"]
 
 _EVERY_S = 2.0
+_REST = 10
+_MOST_S = 15.0
 _MOST_PARTITIONS = 6
 
 
@@ -77,6 +80,7 @@ class WatchApp(App[None]):
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
+        self.query_one("#detail").display = False
         # A thread of its own, that nobody waits for: it may be in the middle of a call that takes a minute.
         threading.Thread(target=self._take_pictures, name="cfe-watch", daemon=True).start()
 
@@ -85,11 +89,14 @@ class WatchApp(App[None]):
 
     def _take_pictures(self) -> None:
         while not self._leaving.is_set():
+            began_s = time.monotonic()
             try:
                 self.post_message(PictureTaken(self._feed.picture()))
             except (CfeError, OSError) as error:
                 self.post_message(Told(str(error), good=False))
-            self._leaving.wait(_EVERY_S)
+            # A login node has other users: a picture of thousands of runs is taken less often.
+            taken_s = time.monotonic() - began_s
+            self._leaving.wait(min(max(_EVERY_S, _REST * taken_s), _MOST_S))
 
     def on_picture_taken(self, message: PictureTaken) -> None:
         self._picture = message.picture
@@ -155,8 +162,10 @@ class WatchApp(App[None]):
             table.scroll_to(y=scroll_y, animate=False)
             return
         for line in picture.lines:
-            for column, cell in zip(self._columns, self._cells(line), strict=True):
-                table.update_cell(line.status.run_id, column.title, cell)
+            shown = table.get_row(line.status.run_id)
+            for column, before, cell in zip(self._columns, shown, self._cells(line), strict=True):
+                if cell != before or cell.style != before.style:
+                    table.update_cell(line.status.run_id, column.title, cell)
 
     def _cells(self, line: Line) -> list[Text]:
         word = cells.state(line)
@@ -167,7 +176,9 @@ class WatchApp(App[None]):
     def _show_detail(self) -> None:
         line = self._chosen()
         below = self.screen_stack[0].query_one("#detail", Static)
-        below.display = line is not None
+        if below.display != (line is not None):
+            below.display = line is not None
+            self.refresh_bindings()  # some keys need a run
         if line is not None:
             width = self.size.width
             below.update("\n".join(cells.cut(text, width) for text in cells.detail(line) if text))

@@ -23,7 +23,7 @@ __all__ = ["Feed", "Line", "Picture"]
 
 Ask = Callable[[Sequence[tuple[RunFolder, dict[str, Any]]]], tuple[dict[str, SchedulerWord], list[str]]]
 
-_TAIL_BYTES = 32 * 1024
+_TAIL_BYTES = 16 * 1024
 _NUM_ENDED = 20
 _NUM_LOSSES = 40
 _STALLED_S = 60.0
