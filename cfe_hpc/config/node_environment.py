@@ -78,6 +78,11 @@ class Environment(Strict):
     )
     container: Container = Field({}, validate_default=True)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether ranks run the interpreter that submits, with the packages that it has."""
+        return self.python is None and self.venv is None and self.conda is None and self.container.kind == "none"
+
 
 def environment_problems(environment: Environment, path: Key, report: Report) -> Iterator[Problem]:
     """Rules between the values of an `[environment]`, beyond its variables."""

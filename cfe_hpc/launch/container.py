@@ -11,6 +11,7 @@ import cfe_hpc
 from cfe_hpc.config.node_environment import expand_path, mount_parts
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem
+from cfe_hpc.launch.interpreter import environment_folder
 from cfe_hpc.launch.refusing import unless
 from cfe_hpc.runfolder import RunFolder
 
@@ -101,7 +102,10 @@ def _mounts(spec: RunSpec, folder: RunFolder) -> list[tuple[str, str, str]]:
         ConfigError: one's path holds what separates the parts of a mount.
     """
     provenance, file = spec.provenance, _file(spec, "mounts")
-    own = [str(folder.path.parent.parent), provenance.workdir, provenance.work_tree or "", _package(provenance.python)]
+    runs_root = str(folder.top.path.parent.parent)
+    found = environment_folder(spec)
+    environment = "" if found is None else str(found[1])
+    own = [runs_root, provenance.workdir, provenance.work_tree or "", _package(), environment]
     stated: list[tuple[str, str, str]] = []
     for index, mount in enumerate(spec.job.environment.container.mounts):
         source, target, flags = mount_parts(mount)
@@ -117,8 +121,8 @@ def _mounts(spec: RunSpec, folder: RunFolder) -> list[tuple[str, str, str]]:
     return mounts
 
 
-def _package(python: str) -> str:
-    """The folder that cfe_hpc is imported from, where PYTHONPATH names it; "" where the image has its own."""
+def _package() -> str:
+    """The folder that cfe_hpc is imported from, where that is a checkout; "" where the image has its own."""
     parent = Path(cfe_hpc.__file__).resolve().parent.parent
     return "" if "site-packages" in parent.parts else str(parent)
 

@@ -64,7 +64,7 @@ def port_ephemeral(facts: Facts) -> Iterator[Problem]:
 def metrics_package(facts: Facts) -> Iterator[Problem]:
     metrics = facts.job.metrics
     wanted = next((key for key in ("pushgateway", "port") if getattr(metrics, key) is not None), None)
-    if wanted is not None and facts.site.environment.python is None and find_spec("prometheus_client") is None:
+    if wanted is not None and facts.job.environment.is_ours and find_spec("prometheus_client") is None:
         what = "prometheus_client is not installed: no figure would leave the run folder"
         yield facts.problem(f"job.metrics.{wanted}", what, 'pip install "cfe-hpc[train]"', getattr(metrics, wanted))
 

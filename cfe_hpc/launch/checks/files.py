@@ -140,14 +140,14 @@ def node_local_shared(facts: Facts) -> Iterator[Problem]:
 
 
 def program_missing(facts: Facts) -> Iterator[Problem]:
-    job, environment = facts.job, facts.site.environment
-    if job.entry is not None and environment.python is None:
+    job, environment = facts.job, facts.job.environment
+    if job.entry is not None and environment.is_ours:
         top = job.entry.split(":")[0].split(".")[0]
         here = facts.workdir
         if find_spec(top) is None and not (here / top).is_dir() and not (here / f"{top}.py").is_file():
             what, remedy = f"no module named {top} here", "install it, or submit from the folder that holds it"
             yield facts.problem("job.entry", what, remedy, job.entry)
-    if job.command is not None and not environment.modules and not environment.setup:
+    if job.command is not None and not environment.modules and not environment.setup and environment.is_ours:
         program = job.command[0]
         if "{" not in program and shutil.which(program) is None:
             what, remedy = "no such program on this machine", "check the name, or name its path"
@@ -155,10 +155,15 @@ def program_missing(facts: Facts) -> Iterator[Problem]:
 
 
 def python_missing(facts: Facts) -> Iterator[Problem]:
-    python = facts.site.environment.python
-    if python is not None and python.startswith("/") and not os.access(python, os.X_OK):
+    environment = facts.job.environment
+    key = next((key for key in ("python", "venv", "conda") if getattr(environment, key) is not None), None)
+    if key is None or environment.container.kind != "none":
+        return
+    stated: str = getattr(environment, key)
+    python = os.path.expanduser(os.path.expandvars(stated if key == "python" else f"{stated}/bin/python"))
+    if python.startswith("/") and not os.access(python, os.X_OK):
         what, remedy = "no such interpreter on this machine", "correct the path; nodes start ranks with it"
-        yield facts.problem("site.environment.python", what, remedy, python)
+        yield facts.problem(f"job.environment.{key}", what, remedy, python)
 
 
 def secret_in_job(facts: Facts) -> Iterator[Problem]:

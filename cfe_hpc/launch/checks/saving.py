@@ -80,7 +80,7 @@ def local_tier(facts: Facts) -> Iterator[Problem]:
 
 def remote_tier(facts: Facts) -> Iterator[Problem]:
     url = facts.job.checkpoint.remote
-    if url is not None and facts.site.environment.python is None and find_spec("fsspec") is None:
+    if url is not None and facts.job.environment.is_ours and find_spec("fsspec") is None:
         what, remedy = "fsspec is not installed: no checkpoint would go there", "pip install cfe-hpc[remote]"
         yield facts.problem("job.checkpoint.remote", what, remedy, url)
 
@@ -112,7 +112,7 @@ def best_unlogged(facts: Facts) -> Iterator[Problem]:
 def remote_package(facts: Facts) -> Iterator[Problem]:
     url = facts.job.checkpoint.remote
     package = _PACKAGES.get((url or "").partition("://")[0])
-    known = facts.site.environment.python is None and find_spec("fsspec") is not None
+    known = facts.job.environment.is_ours and find_spec("fsspec") is not None
     if package is not None and known and find_spec(package) is None:
         what = f"fsspec needs {package} for that, which is not installed: no checkpoint would go there"
         yield facts.problem("job.checkpoint.remote", what, f"pip install {package}", url)
