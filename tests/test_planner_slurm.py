@@ -167,7 +167,7 @@ class Place:
         """Why squeue says that the job pends; "None" of one that runs."""
         return self.cluster.squeue("-j", job_id, "-o", "%r").strip()
 
-    def settles(self, said: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    def settles(self, said: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait for Slurm's scheduler to have looked at everything; what is said then is the test's to judge."""
         deadline = time.monotonic() + timeout_s
         while not said() and time.monotonic() < deadline:
@@ -180,7 +180,7 @@ class Place:
         path = self.folder / "nothing.sh"
         path.write_text("\n".join([*kept, "#SBATCH --output=/dev/null", "true", ""]), encoding="utf-8")
         job_id = self.cluster.sbatch(str(path))
-        self.cluster.wait_for_state(job_id, "RUNNING", "COMPLETED", timeout_s=15)
+        self.cluster.wait_for_state(job_id, "RUNNING", "COMPLETED", timeout_s=30)
         assert self.cluster.job(job_id)["Partition"] == loaded.job.resources.partition
         self.cluster.wait_for_end(job_id)
 
@@ -198,7 +198,7 @@ class Place:
         """Someone else's job, which runs; its id."""
         job_id = self.cluster.sbatch("-o", "/dev/null", *options, "--wrap", "exec sleep 300")
         try:
-            self.cluster.wait_for_state(job_id, "RUNNING", timeout_s=15)
+            self.cluster.wait_for_state(job_id, "RUNNING", timeout_s=30)
             yield job_id
         finally:
             self.cluster.scancel(job_id)
@@ -305,7 +305,7 @@ def test_a_maintenance_is_waited_for_and_a_shorter_job_is_not(place: Place) -> N
             assert place.reason(job_id).startswith("ReqNodeNotAvail")
         found = survey.survey_all(place.job({"nodes": 4, "time": "2h", "partition": "gpu"}), WorkTree(place.folder))
         shorter = next(each for each in found.proposals if each.partition == "gpu" and each.changes)
-        assert shorter.changes == {"time": 1800.0} and shorter.reason(found.now_s) == "None"
+        assert shorter.changes == {"time": 2100.0} and shorter.reason(found.now_s) == "None"
         loaded, _, predicted = place.predict(place.job({"nodes": 4, "time": "30m"}))
         assert predicted == "None"
         place.starts(loaded)

@@ -208,6 +208,9 @@ def _reserved(plan: Plan, partition: PartitionFacts, facts: Facts, now_s: float)
         named = ", ".join(reservation.name for reservation in others if reservation.nodes & partition.nodes)
         what = f"{len(kept)} of {len(partition.nodes)} nodes are kept for {named} before the job would end"
         remedy = "ask for a time that ends before it, or wait"
+        starts_s = min(reservation.start_s for reservation in others if reservation.nodes & partition.nodes)
+        # In steps of five minutes, and a minute to spare: it takes a while until the job is sent.
+        fits_s = 300.0 * ((starts_s - now_s - 60) // 300)
         yield Obstacle(
             limit="reservation",
             reason="ReqNodeNotAvail",
@@ -216,4 +219,5 @@ def _reserved(plan: Plan, partition: PartitionFacts, facts: Facts, now_s: float)
             what=what,
             remedy=remedy,
             until_s=until_s,
+            time_s=fits_s if fits_s > 0 else None,
         )

@@ -217,12 +217,10 @@ def _shorter(loaded: Loaded, proposal: Proposal) -> Iterator[dict[str, Any]]:
     least_s = _SHORTEST_LEADS * max(site.slurm.signal_lead, 60.0)
     limits_s = [site.partitions[proposal.partition].time_limit, *(obstacle.time_s for obstacle in proposal.obstacles)]
     exceeded_s = [limit_s for limit_s in limits_s if limit_s is not None and asked_s > limit_s]
-    if exceeded_s:
-        yield {"time": min(exceeded_s)}
-        return
-    for share in (2, 4, 8):
-        if asked_s / share >= least_s:
-            yield {"time": float(60 * round(asked_s / share / 60))}
+    shares_s = [60.0 * round(asked_s / share / 60) for share in (2, 4, 8)]
+    for time_s in [min(exceeded_s)] if exceeded_s else shares_s:
+        if time_s >= least_s:
+            yield {"time": time_s}
 
 
 def _shapes(loaded: Loaded, proposal: Proposal) -> Iterator[dict[str, Any]]:
