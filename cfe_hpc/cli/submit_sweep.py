@@ -128,7 +128,7 @@ def wait(submitted: Submitted) -> int:
     sweep, told = submitted.folder, ""
     try:
         while True:
-            tasks, _ = read(sweep)
+            tasks, _ = read(sweep, brief=True)
             number = counts(tasks)
             text = ", ".join(f"{count} {state}" for state, count in number.items())
             if text != told:

@@ -42,13 +42,13 @@ def show(sweep: RunFolder, args: argparse.Namespace) -> int:
     return 3 if failures else 0
 
 
-def read(sweep: RunFolder, *, metric: str | None = None) -> tuple[list[TaskStatus], list[str]]:
-    """(the sweep's tasks, what a scheduler that gave no answer said); it is asked once."""
+def read(sweep: RunFolder, *, metric: str | None = None, brief: bool = False) -> tuple[list[TaskStatus], list[str]]:
+    """(the sweep's tasks, as `read_sweep` has them; what a scheduler that gave no answer said). It is asked once."""
     from cfe_hpc.cli.status import ask
     from cfe_hpc.reports.sweep import live_jobs, read_sweep
 
     words, failures = ask([(sweep, job) for job in live_jobs(sweep)])
-    return read_sweep(sweep, words, metric=metric), failures
+    return read_sweep(sweep, words, metric=metric, brief=brief), failures
 
 
 def _asked(best: str | None) -> str | None:

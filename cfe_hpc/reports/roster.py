@@ -100,7 +100,7 @@ class Roster:
         if folder.is_sweep:
             from cfe_hpc.reports.sweep import read_sweep, summary  # late: most runs are none
 
-            return summary(folder, read_sweep(folder, words))
+            return summary(folder, read_sweep(folder, words, brief=True))
         job_id = None if job is None else str(job["job_id"])
         ongoing = follow_up(folder, Ongoing.restored(kept.get(path)))
         if ongoing.worth_keeping:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cfe_hpc.config.tasks import Tasks
@@ -48,19 +49,24 @@ class TaskStatus:
 def live_jobs(sweep: RunFolder) -> list[dict[str, Any]]:
     """The records of all jobs that may have a word on a task that has not ended: what to ask the scheduler about."""
     jobs = {str(job["job_id"]): job for job in records(sweep, "job")}
+    # On Slurm a task's first job is one of an array's; here it is a process of its own.
+    name = "job-1" if all(job.get("scheduler") == "slurm" for job in jobs.values()) else "job"
     for task in sweep.tasks():
-        if not is_settled(task):
+        if os.path.exists(task.control / name) and not is_settled(task):
             own = {str(job["job_id"]): job for job in records(task, "job")}
             jobs.update((job_id, job) for job_id, job in own.items() if job_id.partition("_")[0] not in jobs)
     return list(jobs.values())
 
 
-def read_sweep(sweep: RunFolder, words: Mapping[str, SchedulerWord], *, metric: str | None = None) -> list[TaskStatus]:
+def read_sweep(
+    sweep: RunFolder, words: Mapping[str, SchedulerWord], *, metric: str | None = None, brief: bool = False
+) -> list[TaskStatus]:
     """Every task's state, by number.
 
     Args:
         words: the scheduler's on `live_jobs`, by job id; of arrays task by task.
         metric: name of a logged value to look up.
+        brief: of tasks that have ended only what result.json says: no attempt, job or cause.
 
     Raises:
         ConfigError: sweep.json cannot be read.
@@ -68,13 +74,15 @@ def read_sweep(sweep: RunFolder, words: Mapping[str, SchedulerWord], *, metric: 
     tasks = Tasks.read(sweep.sweep_json)
     array_of = _arrays(sweep)
     # A node that lacks what the task needs leaves a result and nothing else.
-    started = {task.sweep_task for task in sweep.tasks() if task.run_toml.exists() or task.result_path.exists()}
+    made = sweep.tasks()
+    started = {t.sweep_task for t in made if os.path.exists(t.run_toml) or os.path.exists(t.result_path)}
     cancelled = sweep.promised("cancel") is not None
     found = []
     for number in range(tasks.tasks):
         folder, job = sweep.task(number), array_of.get(number)
         if number in started:
-            status, cause = _of_started(folder, job, words)
+            ended = _of_ended(folder, job) if brief else None
+            status, cause = (ended, None) if ended is not None else _of_started(folder, job, words)
         else:
             status, cause = _of_waiting(folder, job, words, cancelled=cancelled), None
         value = None if metric is None or number not in started else _metric(folder, metric)
@@ -138,6 +146,19 @@ def _of_waiting(
         reason = word.reason or ("is starting" if word.state == "RUNNING" else "")
     elif word is not None:
         reason = f"ended ({word.reason or word.state}) before its ranks started: see {folder.logs}"
+    return _plain(folder, state, job_id, reason)
+
+
+def _of_ended(folder: RunFolder, job_id: str | None) -> RunStatus | None:
+    """The status of a task by its result alone; None while there is none."""
+    result = folder.result()
+    if result is None or result.get("state") not in _ORDER:
+        return None
+    status = _plain(folder, result["state"], job_id, str(result.get("reason") or ""))
+    return replace(status, step=result.get("final_step"), lost_steps=result.get("lost_steps") or 0)
+
+
+def _plain(folder: RunFolder, state: RunState, job_id: str | None, reason: str) -> RunStatus:
     return RunStatus(
         run_id=folder.run_id,
         state=state,
