@@ -201,7 +201,7 @@ def test_apptainer_gets_devices_and_mounts() -> None:
 def test_pyxis_is_told_through_srun() -> None:
     line = srun_line(container_spec("pyxis"))
     assert "'--container-image=/i m/a.sif' '--container-mounts=/runs:/runs,/work dir:/work dir," in line
-    assert f",/data:/data,/t:/mnt:ro' --container-workdir={RUN} --extra=1 sh -c " in line
+    assert f",/data:/data,/t:/mnt:ro' --extra=1 --container-workdir={RUN} sh -c " in line
 
 
 @pytest.mark.parametrize(

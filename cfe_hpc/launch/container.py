@@ -61,10 +61,10 @@ def srun_options(spec: RunSpec, folder: RunFolder) -> str:
     if container.kind != "pyxis":
         return ""
     mounts = [":".join(filter(None, mount)) for mount in _mounts(spec, folder)]
-    words = [f"--container-image={_image(spec)}", f"--container-mounts={','.join(mounts)}"]
-    # A node's ranks share one container, in which each of them sees the others' memory.
-    words += [f"--container-workdir={folder.path}", *container.options]
-    return f" {shlex.join(words)}"
+    # A task of a sweep has a folder of its own, whose name its script knows.
+    there = shlex.quote(str(folder.path)) if spec.job.sweep is None else '"$CFE_RUN_DIR"'
+    words = [f"--container-image={_image(spec)}", f"--container-mounts={','.join(mounts)}", *container.options]
+    return f" {shlex.join(words)} --container-workdir={there}"
 
 
 def contained(spec: RunSpec, folder: RunFolder, words: str) -> str:
