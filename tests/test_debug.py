@@ -11,6 +11,7 @@ import pytest
 from dialogue import dialogue, ended
 from spine.harness import LiveRun, cfe, site_file, write_job
 
+from cfe_hpc.cli.main import main
 from cfe_hpc.config.load import load
 from cfe_hpc.errors import UsageError
 from cfe_hpc.launch.debug import shrink
@@ -155,25 +156,31 @@ def test_a_shell_beside_a_running_rank_leaves_it_alone(tmp_path: Path) -> None:
         (["--attach", "nothing", "--dry-run"], "nothing: no such run"),
     ],
 )
-def test_what_makes_no_sense_is_told_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+def test_what_makes_no_sense_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
     job(tmp_path)
-    done = cfe("debug", *words, cwd=tmp_path, env=ENV)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: {said}")
+    monkeypatch.chdir(tmp_path)
+    code, (out, err) = main(["debug", *words]), capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {said}")
 
 
-def test_what_would_be_started_on_a_cluster(tmp_path: Path) -> None:
+def test_what_would_be_started_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     resources = {"nodes": 4, "devices_per_node": 4, "time": "12h", "memory": "4000MiB", "partition": "spot"}
     path = job(tmp_path, resources=resources)
     debug = {"hardware": "h200", "queue": "dbg", "time_limit": "20m", "account": "proj", "options": ["--exclusive"]}
     site = site_file(tmp_path, debug_partition="debug", partitions={"debug": debug})
-    done = cfe("debug", path, "--site", site, "--ranks", "2", "--dry-run", cwd=tmp_path, env=ENV)
-    srun, _, script = done.stdout.partition("\n\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["debug", path, "--site", site, "--ranks", "2", "--dry-run"]) == 0
+    srun, _, script = capsys.readouterr().out.partition("\n\n")
     assert srun.startswith(
         "srun --pty --job-name=look-debug --partition=dbg --account=proj --gres=gpu:h200:2 --mem=2000M --time=00:20:00 "
         "--nodes=1 --ntasks=2 --ntasks-per-node=2 --cpus-per-task=2 --export=ALL --kill-on-bad-exit=1 --wait=0 "
         "--exclusive bash "
-    ), done.stderr
+    )
     assert "\nexport OMP_NUM_THREADS=1\n" in script
     assert not (tmp_path / "runs").exists()
 

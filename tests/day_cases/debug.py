@@ -79,6 +79,11 @@ def a_session_that_waits_is_seen_and_cancelled(stage: Stage) -> None:
         assert ended(shown) != 0
     (status,) = json.loads(stage.cfe("status", "--json").stdout)
     assert status["state"] == "CANCELLED"
+    with dialogue("debug", job(stage), "--site", site, cwd=stage.folder, env=stage.cluster.env) as shown:
+        shown.expect_exact("queued and waiting")
+        shown.sendintr()
+        shown.expect_exact("error: srun: gave no session")
+        assert ended(shown) == 3
 
 
 def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
