@@ -116,11 +116,11 @@ def test_new_and_removed_runs(root: Path) -> None:
     assert list(look(root)[1]) == ["2"]
 
 
-def test_a_job_that_vanished_yesterday_is_asked_about_no_more(root: Path) -> None:
+def test_a_job_that_vanished_a_week_ago_is_asked_about_no_more(root: Path) -> None:
     old, new = make(root, 1), make(root, 2)
-    yesterday_s = time.time() - 2 * 86_400
+    long_ago_s = time.time() - 8 * 86_400
     for path in (old.control, old.events_path, old.heartbeat_path):
-        os.utime(path, (yesterday_s, yesterday_s))
+        os.utime(path, (long_ago_s, long_ago_s))
     assert look(root)[0] == ["1", "2"]
     asked, statuses = look(root)
     assert asked == ["2"]
@@ -153,6 +153,28 @@ def test_a_damaged_memory_is_made_anew(root: Path, content: bytes) -> None:
     index.write_bytes(content)
     assert look(root)[1]["1"].state == "COMPLETED"
     assert index.read_bytes() == whole
+
+
+def test_a_damaged_row_is_read_anew(root: Path) -> None:
+    make(root, 1, result={"state": "COMPLETED"})
+    look(root)
+    folder = cache_folder()
+    assert folder is not None
+    (index,) = folder.glob("runs-*.tsv")
+    mark, path, _ = index.read_text().split("\t")
+    for row in ("{}", '{"run_id":1}', "{x}"):
+        index.write_text(f"{mark}\t{path}\t{row}\n")
+        assert look(root)[1]["1"].state == "COMPLETED"
+
+
+def test_what_one_cluster_has_forgotten_another_may_know(root: Path) -> None:
+    old = make(root, 1)
+    for path in (old.control, old.events_path, old.heartbeat_path):
+        os.utime(path, (1e9, 1e9))
+    for _ in range(2):
+        look(root)
+    assert look(root)[0] == []
+    assert [job["job_id"] for _, job in Roster([root], latest_job, cluster="other").unsettled()] == ["1"]
 
 
 def test_names_that_would_break_the_memory_are_read_each_time(root: Path) -> None:

@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(_times(statuses[0].buckets))
         return 3 if failures else 0
     from cfe_hpc.launch.jobs import latest_job
+    from cfe_hpc.launch.queue import cluster_key
     from cfe_hpc.reports.roster import Roster
 
-    roster = Roster(common.roots(args), latest_job)
+    roster = Roster(common.roots(args), latest_job, cluster=cluster_key())
     words, failures = ask(roster.unsettled())
     _print_failures(failures)
     _print(roster.statuses(words), args)

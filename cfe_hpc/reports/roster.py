@@ -27,7 +27,7 @@ __all__ = ["Roster"]
 _FORMAT = ",".join(["1", *RunStatus.__slots__])
 """Of the rows; another one has them all read again."""
 
-_GONE_S = 86_400.0
+_GONE_S = 7 * 86_400.0
 """A job that the scheduler has forgotten, and that gave no sign of life for so long, does not come back."""
 
 _BOOKS_AGE_S = 7 * 86_400.0
@@ -38,12 +38,15 @@ class Roster:
 
     Args:
         newest_job: finds the newest job of a run, as control/ records it.
+        cluster: a word for the one that is asked: another one may still know what it has forgotten.
     """
 
-    def __init__(self, roots: Sequence[Path], newest_job: Callable[[RunFolder], dict[str, Any] | None]) -> None:
+    def __init__(
+        self, roots: Sequence[Path], newest_job: Callable[[RunFolder], dict[str, Any] | None], *, cluster: str = ""
+    ) -> None:
         self._paths = sorted(run_paths(roots), key=_stamp)
         self._newest_job = newest_job
-        word = hashlib.sha256("\0".join([_FORMAT, *sorted(map(str, roots))]).encode()).hexdigest()[:16]
+        word = hashlib.sha256("\0".join([_FORMAT, cluster, *sorted(map(str, roots))]).encode()).hexdigest()[:16]
         folder = cache_folder()
         self._index = None if folder is None else folder / f"runs-{word}.tsv"
         self._books = f"books-{word}.json"
@@ -77,7 +80,7 @@ class Roster:
         writing = _Rewriting(self._index) if self._index is not None and (self._outdated or gone) else None
         try:
             for path, mark, row in self._walk():
-                status = _restored(row) if row is not None else self._read(path, words, kept, books)
+                status = _restored(row) or self._read(path, words, kept, books)
                 if writing is not None and (path not in self._jobs or path in gone):
                     writing.add(mark, path, _stored(status) if row is None else row)
                 yield status
@@ -147,7 +150,7 @@ def _mark(path: str) -> str:
 
 
 def _is_gone(path: str, job: Mapping[str, Any], words: Mapping[str, SchedulerWord]) -> bool:
-    if str(job["job_id"]) in words:
+    if str(job["job_id"]) in words or RunFolder(Path(path)).is_sweep:  # its tasks may have jobs of their own
         return False
     signs_s = []
     for name in ("control", "events.ndjson", "heartbeat.ndjson"):
@@ -163,12 +166,15 @@ def _stored(status: RunStatus) -> str:
     return json.dumps(facts, separators=(",", ":"))
 
 
-def _restored(row: str) -> RunStatus:
-    """The status of a row; it holds the time of the last heartbeat in place of its age."""
-    facts = json.loads(row)
-    if facts["heartbeat_age_s"] is not None:
-        facts["heartbeat_age_s"] = round(max(0.0, time.time() - facts["heartbeat_age_s"]), 1)
-    return RunStatus(**facts)
+def _restored(row: str | None) -> RunStatus | None:
+    """The status of a row, which holds the time of the last heartbeat in place of its age; None when it is damaged."""
+    try:
+        facts = json.loads(row or "")
+        if facts["heartbeat_age_s"] is not None:
+            facts["heartbeat_age_s"] = round(max(0.0, time.time() - facts["heartbeat_age_s"]), 1)
+        return RunStatus(**facts)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _lines(index: Path | None) -> Iterator[tuple[str, str, str]]:

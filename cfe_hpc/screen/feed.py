@@ -13,6 +13,7 @@ from typing import Any
 from cfe_hpc.files import read_ndjson
 from cfe_hpc.launch.jobs import latest_job
 from cfe_hpc.launch.occupancy import Occupancy, occupancy
+from cfe_hpc.launch.queue import cluster_key
 from cfe_hpc.reports.roster import Roster
 from cfe_hpc.reports.status import RunStatus, SchedulerWord, is_settled, read_status
 from cfe_hpc.reports.sweep import live_jobs, read_sweep
@@ -102,7 +103,7 @@ class Feed:
         """(the runs, oldest first, what schedulers said of them, what those that gave no answer said)."""
         only = self._only
         if only is None:
-            roster = Roster(self._roots, latest_job)
+            roster = Roster(self._roots, latest_job, cluster=cluster_key())
             words, failures = self._ask(roster.unsettled())
             return roster.statuses(words), words, failures
         if only.is_sweep:

@@ -1,10 +1,10 @@
 """What `status` costs as runs pile up: seconds of the whole process, its peak memory, and calls of squeue.
 
 `python tests/benchmarks/bench_status.py [--runs 20,200,2000,20000] [--live 200] [--slurm] [--json FILE]` makes run
-folders as ranks leave them, a tenth of them live, `--live` at the most, and asks about all. "first" has nothing
-remembered, "next" asks when the site lets squeue be asked again and every live run has trained on; "at once" asks
-within the site's poll_interval. With `--slurm` the live runs' jobs wait in a real queue, else an squeue of our own tells
-of them. Exit status 1 when a limit is missed.
+folders as ranks leave them, a tenth of them live, `--live` at the most, of which every fourth waits in the queue and
+the others train, and asks about all. "first" has nothing remembered, "next" asks when the site lets squeue be asked
+again and every live run has trained on; "at once" asks within the site's poll_interval. With `--slurm` the live runs'
+jobs wait in a real queue, else an squeue of our own tells of them. Exit status 1 when a limit is missed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Runs:
     """Run folders below `root`, the newest of them live."""
 
     def __init__(self, root: Path, count: int, job_ids: Sequence[str]) -> None:
-        self.root, self.count, self.live = root, count, []
+        self.root, self.count, self.num_live = root, count, len(job_ids)
+        self.training: list[RunFolder] = []
         text = run_spec(scheduler="slurm").dump()
         first = datetime(2026, 1, 1, tzinfo=timezone.utc)
         for number in range(count):
@@ -77,15 +78,20 @@ class Runs:
             folder.control.mkdir(parents=True)
             folder.run_toml.write_text(text)
             newer = number - (count - len(job_ids))
-            self._fill(folder, first + timedelta(seconds=number), job_ids[newer] if newer >= 0 else None)
+            job_id = job_ids[newer] if newer >= 0 else None
+            self._fill(folder, first + timedelta(seconds=number), job_id, waits=newer >= 0 and newer % 4 == 3)
 
-    def _fill(self, folder: RunFolder, began: datetime, job_id: str | None) -> None:
+    def _fill(self, folder: RunFolder, began: datetime, job_id: str | None, *, waits: bool) -> None:
         shown = job_id or "7"
         job = {"job_id": shown, "scheduler": "slurm", "attempt_base": 0}
         (folder.control / "job").write_text(json.dumps(job) + "\n")
         detail = {"job_id": shown, "total_steps": 100_000, "startup_seconds": 5.0, "allocated_s": began.timestamp()}
+        submitted = {"time": _rfc(began), "event": "submitted", "detail": {"job_id": shown, "site": "tests"}}
+        if waits:
+            folder.events_path.write_text(json.dumps(submitted) + "\n")
+            return
         events = [
-            {"time": _rfc(began), "event": "submitted", "detail": {"job_id": shown, "site": "tests"}},
+            submitted,
             {"time": _rfc(began, 10), "event": "started", "attempt": 0, "host": "n1", "detail": detail},
             {"time": _rfc(began, 20), "event": "checkpoint_saved", "attempt": 0, "step": 10, "seconds": 1.0},
         ]
@@ -95,7 +101,7 @@ class Runs:
             result = {"state": "COMPLETED", "final_step": BEATS, "lost_steps": 0, "goodput": 0.8, "buckets": buckets}
             folder.result_path.write_text(json.dumps(result, indent=2))
         else:
-            self.live.append(folder)
+            self.training.append(folder)
         folder.events_path.write_text("".join(json.dumps(event) + "\n" for event in events))
         self._train(folder, began, 0, BEATS if job_id is None else LIVE_BEATS)
 
@@ -109,7 +115,7 @@ class Runs:
     def train_on(self, turn: int) -> None:
         """Every live run logs some more steps."""
         began = datetime(2026, 1, 1, tzinfo=timezone.utc)
-        for folder in self.live:
+        for folder in self.training:
             self._train(folder, began, LIVE_BEATS + turn * NEW_BEATS, NEW_BEATS)
 
 
@@ -141,7 +147,7 @@ def measure(folder: Path, runs: Runs, turns: int, calls: Callable[[], int]) -> l
         rows.append(
             Row(
                 runs=runs.count,
-                live=len(runs.live),
+                live=runs.num_live,
                 when=when,
                 median_s=statistics.median(seconds),
                 slowest_s=max(seconds),
