@@ -134,6 +134,14 @@ class RunFolder:
         """The folder that lies under <runs root>/<job name>: the task's sweep, else this one."""
         return self.sweep or self
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the run was cancelled, or with its whole sweep a task that was not sent again since. Looks at the
+        disk."""
+        if self.promised("cancel") is not None or self.sweep is None:
+            return self.promised("cancel") is not None
+        return self.sweep.promised("cancel") is not None and self.promised("again") is None
+
     def task(self, number: int) -> RunFolder:
         """The folder of a sweep's task, whether it is there yet or not."""
         return RunFolder(self.path / _TASKS / f"{number:06d}")

@@ -249,7 +249,39 @@ def test_cancel_reaches_arrays_and_those_that_started(capsys: Capture, slurm: Pa
     assert sweep.task(1).promised("cancel") and not sweep.task(0).promised("cancel")
     assert (sweep.task(1).result() or {})["state"] == "CANCELLED"  # it was starting: no rank is there to say so
     assert (sweep.result() or {})["tasks"] == {"CANCELLED": 3, "COMPLETED": 1}
+
+
+def test_tasks_of_a_cancelled_sweep_that_are_not_sent_again_stay_cancelled(capsys: Capture, slurm: Path) -> None:
+    sweep = _sweep(capsys, 4)
+    begin(sweep, 0, "41_0")
+    _end(sweep.task(0), "FAILED", "failed")
+    assert main(["cancel", str(sweep.path)]) == 0
+    assert (sweep.result() or {})["tasks"] == {"FAILED": 1, "CANCELLED": 3}
+    assert main(["retry", str(sweep.path), "--failed"]) == 0
+    assert begin(sweep, 0, "42_0") == 1
+    with pytest.raises(UsageError, match="was cancelled"):
+        begin(sweep, 1, "41_1")
+    _end(sweep.task(0), "COMPLETED")
+    assert (sweep.result() or {})["tasks"] == {"CANCELLED": 3, "COMPLETED": 1}
+    capsys.readouterr()
+    assert [row["state"] for row in _rows(capsys, sweep)] == ["COMPLETED", *["CANCELLED"] * 3]
+    (slurm / "refused").write_text("43\n")
+    assert main(["retry", str(sweep.path), "--cancelled"]) == 3
+    assert (sweep.result() or {})["tasks"] == {"CANCELLED": 3, "COMPLETED": 1}
+    (slurm / "refused").write_text("none\n")
+    assert main(["retry", str(sweep.path), "--cancelled"]) == 0
+    assert (begin(sweep, 2, "43_2"), sweep.result()) == (0, None)
+    assert main(["cancel", str(sweep.path)]) == 0
+    with pytest.raises(UsageError, match="was cancelled"):
+        begin(sweep, 3, "43_3")
+    assert (sweep.result() or {})["tasks"] == {"CANCELLED": 3, "COMPLETED": 1}
+
+
+def test_a_sweep_that_was_cancelled_whole_is_not_requeued(capsys: Capture) -> None:
+    sweep = _sweep(capsys, 2)
+    assert main(["cancel", str(sweep.path)]) == 0
     assert main(["requeue", str(sweep.path)]) == 2
+    assert "send its tasks again with `cfe-hpc retry --cancelled`" in capsys.readouterr().err
 
 
 def test_a_task_is_found_by_the_sweeps_id_and_its_number_and_by_its_job(capsys: Capture, tmp_path: Path) -> None:

@@ -47,11 +47,11 @@ def _requeue_sweep(sweep: RunFolder, args: argparse.Namespace) -> int:
     from cfe_hpc.launch.ending import behind, send_followers
     from cfe_hpc.launch.sweep import retry_tasks, save_tasks
 
-    if sweep.promised("cancel") is not None:
-        raise UsageError(f"{sweep.run_id}: was cancelled; send its tasks again with `cfe-hpc retry --cancelled`")
     tasks, failures = read(sweep)
     if failures:  # a task that runs must not run twice
         raise SchedulerError("; ".join(failures))
+    if all(task.status.state == "CANCELLED" for task in tasks):
+        raise UsageError(f"{sweep.run_id}: was cancelled; send its tasks again with `cfe-hpc retry --cancelled`")
     told = save_tasks(sweep)
     again = [task.task for task in tasks if task.status.state in ("FAILED", "HELD")]
     job_ids = retry_tasks(sweep, again).job_ids if again else ()

@@ -44,47 +44,44 @@ def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
     """
     spec = RunSpec.read(sweep.run_toml)
     backend = backend_for(spec.site.scheduler)
-    undo = [_reopened(sweep.task(number)) for number in numbers]
-    undo.append(_taken_back(sweep, "cancel"))
+    ended, cancelled = sweep.result(), sweep.promised("cancel") is not None
+    undo = [_reopened(sweep.task(number), again=cancelled) for number in numbers]
     sweep.result_path.unlink(missing_ok=True)
     try:
         job_ids = backend.submit_tasks(spec, sweep, numbers)
     except SchedulerError:
         for put_back in undo:
             put_back()
+        if ended is not None:
+            sweep.write_result(ended)
         raise
     for number in numbers:
         _note_again(sweep, sweep.task(number), job_ids)
     return Retried(tasks=tuple(numbers), job_ids=tuple(job_ids))
 
 
-def _reopened(task: RunFolder) -> Callable[[], None]:
-    """Make a task fit to begin again; what makes it as it was."""
-    if not task.path.is_dir():
+def _reopened(task: RunFolder, *, again: bool) -> Callable[[], None]:
+    """Make a task fit to begin again; what makes it as it was.
+
+    Args:
+        again: its whole sweep was cancelled: the task is to be told from those that stay so.
+    """
+    if not again and not task.path.is_dir():
         return lambda: None
-    result, held = task.result(), task.promised("held")
-    task.control.mkdir(exist_ok=True)
-    uncancel = _taken_back(task, "cancel")
+    task.control.mkdir(parents=True, exist_ok=True)
+    result, held, cancel = task.result(), task.promised("held"), task.promised("cancel")
+    (task.control / "cancel").unlink(missing_ok=True)  # who asks for a cancelled task again means it
+    newly = again and task.promise("again", user=getpass.getuser())
     task.reopen()
 
     def put_back() -> None:
-        uncancel()
-        if held is not None:
-            task.promise("held", **held)
+        for name, facts in (("held", held), ("cancel", cancel)):
+            if facts is not None:
+                task.promise(name, **facts)
+        if newly:
+            (task.control / "again").unlink(missing_ok=True)
         if result is not None:
             task.write_result(result)
-
-    return put_back
-
-
-def _taken_back(folder: RunFolder, name: str) -> Callable[[], None]:
-    """Take a promise back: whoever asks for a cancelled task again means it. What makes it anew."""
-    facts = folder.promised(name)
-    (folder.control / name).unlink(missing_ok=True)
-
-    def put_back() -> None:
-        if facts is not None:
-            folder.promise(name, **facts)
 
     return put_back
 
@@ -147,6 +144,8 @@ def cancel_sweep(sweep: RunFolder) -> int:
     spec = RunSpec.read(sweep.run_toml)
     backend = backend_for(spec.site.scheduler)
     sweep.promise("cancel", user=getpass.getuser())
+    for task in sweep.tasks():  # sent again after an earlier cancel: this one means them, too
+        (task.control / "again").unlink(missing_ok=True)
     open_tasks = [task for task in sweep.tasks() if (task.result() or {"state": "HELD"}).get("state") == "HELD"]
     for task in open_tasks:
         if task.run_toml.exists():

@@ -42,12 +42,11 @@ def run_tasks(sweep: RunFolder, spec: RunSpec, numbers: Iterable[int], *, at_onc
     todo = [number for number in numbers if sweep.task(number).result() is None]
     running: dict[int, RunFolder] = {}
     while running or todo:
-        while todo and len(running) < at_once and sweep.promised("cancel") is None:
-            task = _start(sweep, spec, todo.pop(0))
+        while todo and len(running) < at_once:
+            number = todo.pop(0)
+            task = None if sweep.task(number).is_cancelled else _start(sweep, spec, number)
             if task is not None:
                 running[int((latest_job(task) or {})["pid"])] = task
-        if sweep.promised("cancel") is not None:
-            todo.clear()
         if running:
             _wait(running)
 

@@ -58,7 +58,7 @@ def begin(sweep: RunFolder, number: int, job_id: str, *, attempt_base: int | Non
         UsageError: the sweep, or the task, was cancelled.
         ConfigError, OSError: as `make_task`.
     """
-    if sweep.promised("cancel") or sweep.task(number).promised("cancel"):
+    if sweep.task(number).is_cancelled:
         raise UsageError(f"{sweep.task(number).run_id}: was cancelled: no attempt begins")
     task = make_task(sweep, number)
     pickles = task.path / PICKLES

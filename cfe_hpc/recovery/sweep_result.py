@@ -29,14 +29,15 @@ def settle(sweep: RunFolder, *, last: int) -> bool:
         tasks = Tasks.read(sweep.sweep_json).tasks
     except ConfigError:  # it is not the sweep that submit made: nobody can tell when it has ended
         return False
-    never = sweep.promised("cancel") is not None
-    numbers = [(last + 1 + offset) % tasks for offset in range(tasks)]
-    started = [number for number in numbers if not never or sweep.task(number).run_toml.exists()]
-    if not all(sweep.task(number).result_path.exists() for number in started):
-        return False
-    results = [sweep.task(number).result() or {} for number in started]
+    cancelled = sweep.promised("cancel") is not None
+    results = []
+    for offset in range(tasks):
+        task = sweep.task((last + 1 + offset) % tasks)
+        result = task.result()
+        if result is None and not (cancelled and task.is_cancelled and not task.run_toml.exists()):
+            return False
+        results.append(result or {"state": "CANCELLED", "attempts": 0})
     states = Counter(str(result.get("state")) for result in results)
-    states["CANCELLED"] += tasks - len(started)
     sweep.write_result(_result(states, results))
     return True
 

@@ -84,7 +84,7 @@ def read_sweep(
             ended = _of_ended(folder, job) if brief else None
             status, cause = (ended, None) if ended is not None else _of_started(folder, job, words)
         else:
-            status, cause = _of_waiting(folder, job, words, cancelled=cancelled), None
+            status, cause = _of_waiting(folder, job, words, cancelled=cancelled and folder.is_cancelled), None
         value = None if metric is None or number not in started else _metric(folder, metric)
         found.append(
             TaskStatus(
