@@ -167,6 +167,10 @@ class RunFolder:
         return self.path / "submission.sh"
 
     @property
+    def starter(self) -> Path:
+        return self.path / "start.py"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

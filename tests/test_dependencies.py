@@ -70,8 +70,6 @@ def test_a_job_that_cannot_be_moved_is_named_and_keeps_no_other_back(slurm: Path
 
 def test_a_successor_takes_over_what_waits_and_a_job_sent_anew_brings_its_export(tmp_path: Path, slurm: Path) -> None:
     folder = new_run(tmp_path, job_id="7")
-    (folder.path / successor.PICKLES).mkdir()
-    (folder.path / successor.PICKLES / successor.TASK_PICKLE).touch()
     folder.export_script.touch()
     (slurm / "queue").write_text("50|afterok:7(unfulfilled)\n")
     assert successor.submit_successor(folder, job_id="7", next_attempt=1) == "41"
@@ -88,8 +86,6 @@ def test_a_successor_stays_though_nobody_could_be_told_of_it(
     tmp_path: Path, slurm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = new_run(tmp_path, job_id="7")
-    (folder.path / successor.PICKLES).mkdir()
-    (folder.path / successor.PICKLES / successor.TASK_PICKLE).touch()
     (slurm / "squeue").write_text("#!/bin/sh\necho down >&2; exit 1\n")
     assert successor.submit_successor(folder, job_id="7", next_attempt=1) == "41"
     assert "what waits for job 7 may never start" in caplog.text

@@ -1,9 +1,8 @@
-"""From srun to a rank: the shield around start-up, the callable that becomes the rank, and squeue's answers."""
+"""From srun to a rank: the shield around start-up, the file that becomes the rank, and squeue's answers."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from pathlib import Path
 
 from launching import make_folder, make_spec
 
+from cfe_hpc.launch.preparation import starter
 from cfe_hpc.launch.queue import parse
 from cfe_hpc.launch.slurm import SlurmBackend
 from cfe_hpc.launch.states import run_state
-from cfe_hpc.launch.task import RankTask
 from cfe_hpc.ranks.successor import clean_environment
 from cfe_hpc.runfolder import RunFolder
 
@@ -36,39 +35,54 @@ def test_a_stop_signal_does_not_kill_a_task_that_python_has_not_started_yet(tmp_
     spec = make_spec(tmp_path, scheduler="slurm", python=str(fake))
     script = SlurmBackend().preview(spec, RunFolder(tmp_path))
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    task = line[line.index("sh -c") :]  # SLURM_LOCALID is not set: nobody looks for packages
-    process = subprocess.Popen(["bash", "-c", f"exec {task}"], stdout=subprocess.PIPE, text=True)
+    program = f"export CFE_LOG={tmp_path}/log. SLURM_PROCID=0; exec {line[line.index('sh -c') :]}"
+    process = subprocess.Popen(["bash", "-c", program])
     try:
         while not marker.exists():
             time.sleep(0.01)
         for number in STOP:
             process.send_signal(number)
-        printed, _ = process.communicate(timeout=30)
+        process.wait(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert (printed, process.returncode) == ("survived\n", 0)
+    assert ((tmp_path / "log.0.out").read_text(), process.returncode) == ("survived\n", 0)
 
 
 def test_the_task_becomes_the_rank_with_its_logs_and_stop_signals_held_back(tmp_path: Path) -> None:
-    fake = tmp_path / "python"
-    # No shell: dash lets blocked signals in when it starts.
-    lines = ["import os, sys", "print(os.getcwd(), *sys.argv[1:])", "print(open('/proc/self/status').read())"]
-    fake.write_text("\n".join([f"#!{sys.executable}", *lines, "print('to-err', file=sys.stderr)", ""]))
-    fake.chmod(0o755)
     workdir = tmp_path / "work dir"
-    workdir.mkdir()
-    folder = make_folder(tmp_path, make_spec(workdir, scheduler="slurm", python=str(fake)))
-    pickled = pickle.dumps(RankTask(str(folder.path)))
-    assert len(pickled) < 100 + len(str(folder.path))
-    program = f"import pickle; pickle.loads({pickled!r})(); print('still here')"
+    (workdir / "beside").mkdir(parents=True)
+    lines = ["import os, sys", "print(os.getcwd(), *sys.argv[1:], sys.path[0], __name__)"]
+    lines += ["print(open('/proc/self/status').read())", "print('to-err', file=sys.stderr)"]
+    (workdir / "beside" / "__init__.py").touch()
+    (workdir / "beside" / "__main__.py").write_text("\n".join(lines))
+    spec = make_spec(workdir, scheduler="slurm", python=sys.executable)
+    folder = make_folder(tmp_path, spec)
+    folder.starter.write_text(starter(spec))
+    script = SlurmBackend().preview(spec, folder).splitlines()
+    (srun,) = [line for line in script if line.startswith("srun ")]
+    exports = [line for line in script if line.startswith(("export CFE_LOG", "export CFE_RUN_DIR"))]
+    task = srun[srun.index("sh -c") :].replace("cfe_hpc.ranks", "beside")
     place = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "CFE_ATTEMPT_BASE": "1", "SLURM_PROCID": "5"}
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **place}, capture_output=True, timeout=60)
+    program = "\n".join([*exports, f"exec {task}"])
+    done = subprocess.run(["bash", "-c", program], env={**os.environ, **place}, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     said, status = (folder.logs / "7.3.5.out").read_text().split("\n", 1)
-    assert said == f"{workdir} -u -m cfe_hpc.ranks {folder.path}"
-    assert set(STOP) <= signal_set(status, "SigBlk")
+    assert said == f"{workdir} {folder.path} {workdir} __main__"
+    assert set(STOP) <= signal_set(status, "SigBlk") and not set(STOP) & signal_set(status, "SigIgn")
     assert (folder.logs / "7.3.5.err").read_text() == "to-err\n"
+
+
+def test_a_task_says_what_the_node_lacks_before_anything_is_loaded(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, scheduler="slurm", job={"entry": "no_such_module:train"})
+    folder = make_folder(tmp_path, spec)
+    folder.starter.write_text(starter(spec))
+    words = [sys.executable, str(folder.starter), "cfe_hpc.ranks", str(folder.path)]
+    place = {"CFE_RUN_DIR": str(folder.path), "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0"}
+    done = subprocess.run(words, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78 and "lacks no_such_module" in done.stderr
+    (event,) = folder.events()
+    assert (event["event"], event["cause"]) == ("failed", "configuration") and "no_such_module" in event["reason"]
 
 
 def test_squeue_words_are_translated_once() -> None:
@@ -100,6 +114,6 @@ def test_a_sender_keeps_nothing_of_its_own_job() -> None:
     environment = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "CFE_ENTRY_NOTE": "mine"}
     foreign = {"SLURM_JOB_ID": "1", "SBATCH_PARTITION": "x", "RANK": "0", "CFE_CONTROL_PORT": "1", "CFE_RUN_DIR": "/r"}
     foreign |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "LOCAL_SIZE": "2"}
-    facts = ("ALLOCATED_S", "HOSTS", "PIDS", "RESTART", "SCHEDULER", "WORKER")
+    facts = ("ALLOCATED_S", "LOG", "HOSTS", "PIDS", "RESTART", "SCHEDULER", "WORKER")
     foreign |= {f"CFE_{name}": "1" for name in facts}
     assert clean_environment({**environment, **foreign}) == environment

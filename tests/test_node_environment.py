@@ -188,13 +188,13 @@ def container_spec(kind: str, **plan: Any) -> RunSpec:
 def test_apptainer_gets_devices_and_mounts() -> None:
     line = srun_line(container_spec("apptainer", accelerator="cuda"))
     package = Path(__file__).resolve().parents[1]
-    before, _, after = line.partition("""sh -c 'trap "" TERM USR1 USR2; exec "$@"' sh """)
+    before, _, after = line.partition("""; trap "" TERM USR1 USR2; exec "$@"' sh """)
     assert "--container" not in before
     assert after.startswith(
         f""""$cfe_container" exec --pwd "$CFE_RUN_DIR" --nv --bind=/runs:/runs '--bind=/work dir:/work dir' """
         f"""--bind={package}:{package} --bind=/data:/data --bind=/t:/mnt:ro --extra=1 '/i m/a.sif' sh -c 'trap "" """
     )
-    assert after.endswith('sh "$cfe_verify" python3 -u -m submitit.core._submit /proc/self/cwd/submitit')
+    assert after.endswith('sh python3 -u "$CFE_RUN_DIR/start.py" cfe_hpc.ranks "$CFE_RUN_DIR"')
     assert "--nv" not in srun_line(container_spec("apptainer", accelerator="hpu"))
 
 

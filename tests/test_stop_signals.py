@@ -40,7 +40,7 @@ def test_a_forked_worker_neither_dies_nor_stops(flag):
 
 
 def test_signals_held_back_over_an_exec_arrive_after_it():
-    """What launch.task does: block, exec; what ranks do: install, unblock."""
+    """What start.py of a run folder does: block, exec; what ranks do: install, unblock."""
     second = (
         "from cfe_hpc.ranks import signals; flag = signals.install(); signals.unblock(); "
         "print(','.join(flag.names(flag.bits)))"

@@ -108,7 +108,7 @@ def test_a_task_makes_a_whole_run_folder_on_its_node(capsys: Capture) -> None:
     spec = RunSpec.read(task.run_toml)
     assert (spec.run_id, spec.job.params, spec.job.sweep) == (f"{sweep.run_id}.001203", {"x": 1203}, None)
     assert spec.origins["job.params.x"] == "sweep, task 1203"
-    assert (task.path / "submitit" / "42_202_submitted.pkl").exists()
+    assert task.starter.read_text() == sweep.starter.read_text()
     assert task.submission_script.read_text() == sweep.submission_script.read_text()
     (submitted,) = task.events()
     assert (submitted["event"], submitted["run_id"]) == ("submitted", task.run_id)

@@ -16,7 +16,7 @@ from cfe_hpc.launch.interpreter import environment_folder
 from cfe_hpc.launch.refusing import unless
 from cfe_hpc.runfolder import RunFolder
 
-__all__ = ["preparation", "verification", "verification_inside", "verifying"]
+__all__ = ["preparation", "starter", "verification", "verification_inside"]
 
 _VERIFY = "cfe_verify"  # shell variable with the program that looks for packages
 
@@ -107,17 +107,13 @@ def _looking(words: str) -> str:
     return f'why="$({words} 2>&1)" || cfe_refuse "${{why#error: }}"'
 
 
-def verifying(spec: RunSpec, words: str) -> str:
-    """Shell words that become the task `words`, deaf to stop signals. The first task of each node looks for packages
-    before, unless the batch script has done so there."""
-    # Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
-    # FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they
-    # start.
-    first = '[ "${SLURM_LOCALID:-1}" = 0 ]'
-    if spec.job.environment.container.kind == "none":
-        first += ' && [ "${SLURM_NODEID:-0}" != 0 ]'
-    text = f'trap "" TERM USR1 USR2; verify=$1; shift; if {first}; then "$1" -c "$verify" || exit 78; fi; exec "$@"'
-    return f"""{shlex.join(["sh", "-c", text, "sh"])} "${_VERIFY}" {words}"""
+def starter(spec: RunSpec) -> str:
+    """The text of start.py, which srun starts: `python start.py MODULE RUN_DIR`. On each node one task looks for the
+    packages; then each is that module, in the folder where ranks start."""
+    defined, look = _verifier(spec).rsplit("\n\n", 1)
+    looking = f'if os.environ.get("SLURM_LOCALID", "0") == "0":\n    {look}'
+    start = json.dumps(spec.provenance.start_folder, ensure_ascii=False)
+    return f"{defined}\n\n\n{_text('become')}\n\n{looking}\nbecome(*sys.argv[1:], {start})\n"
 
 
 def _file(spec: RunSpec, key: str) -> str:
@@ -128,17 +124,19 @@ def _file(spec: RunSpec, key: str) -> str:
 
 def _verifier(spec: RunSpec) -> str:
     """The program that looks for what the ranks import."""
-    # The text of a module that is not imported: on a node it may be all there is of this package.
-    source = (Path(cfe_hpc.__file__).parent / "ranks" / "verify.py").read_text(encoding="utf-8")
     # JSON's text and lists are Python's as well, and have no single quotes, which shells write in five characters.
     arguments = (json.dumps(value, ensure_ascii=False) for value in (spec.provenance.start_folder, _packages(spec)))
-    return f"{source}\n\nverify({', '.join(arguments)})"
+    return f"{_text('verify')}\n\nverify({', '.join(arguments)})"
+
+
+def _text(name: str) -> str:
+    """The text of a module of ranks/ that is not imported: on a node it may be all there is of this package."""
+    return (Path(cfe_hpc.__file__).parent / "ranks" / f"{name}.py").read_text(encoding="utf-8")
 
 
 def _packages(spec: RunSpec) -> list[str]:
     job = spec.job
     names = ["cfe_hpc", "pydantic"]
-    names += ["submitit"] if spec.site.scheduler == "slurm" else []
     names += ["deepspeed"] if spec.plan.launcher == "deepspeed" else []
     names += ["torch"] if job.entry is not None or spec.plan.launcher != "srun" else []
     if job.entry == TRAIN_ENTRY:

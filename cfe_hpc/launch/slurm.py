@@ -8,25 +8,20 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from submitit.core.core import Job
-from submitit.core.utils import DelayedSubmission
-from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+from submitit.slurm.slurm import SlurmExecutor
 
 from cfe_hpc.config.run import Plan, RunSpec
 from cfe_hpc.errors import ConfigError, Problem, SchedulerError
 from cfe_hpc.files import write_atomic
 from cfe_hpc.launch.dependencies import awaited, dependency, keep_up, note_dependent
 from cfe_hpc.launch.exporting import export_script
-from cfe_hpc.launch.preparation import verifying
+from cfe_hpc.launch.preparation import starter
 from cfe_hpc.launch.queue import forget_queue, queue
 from cfe_hpc.launch.script import prologue
 from cfe_hpc.launch.states import JobState
-from cfe_hpc.launch.task import RankTask
 from cfe_hpc.process import CommandError, run
 from cfe_hpc.ranks.avoiding import exclude_option
 from cfe_hpc.ranks.successor import (
-    PICKLES,
-    TASK_PICKLE,
     clean_environment,
     record_job,
     send,
@@ -41,18 +36,25 @@ __all__ = ["SlurmBackend"]
 _TIMEOUT_S = 60.0
 _OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>[^\n\r\0]+))?")
 
-# Until there is somebody who hears it, a stop signal is ignored: see preparation.verifying.
-_SHIELDED = shlex.join(["sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"])
+# Until Python has its handlers, a stop signal would kill the task: on Slurm before 24.05 the job then counts as
+# FAILED and is lost. Ignored signals stay ignored across exec; ranks look for a preemption under way when they start.
+_SHIELD = 'trap "" TERM USR1 USR2; exec "$@"'
+_SHIELDED = shlex.join(["sh", "-c", _SHIELD, "sh"])
+_TO_LOG = 'log="$CFE_LOG$SLURM_PROCID"; exec >>"$log.out" 2>>"$log.err"'
+_LOGGING = shlex.join(["sh", "-c", f"{_TO_LOG}; {_SHIELD}", "sh"])
 
-# The job's working directory is the run folder: naming it so keeps submitit from expanding a %j in the real path.
-_PICKLES_ON_NODE = f"/proc/self/cwd/{PICKLES}"
+# RunFolder.log_stem, but for the rank.
+_RANK_LOGS = (
+    "$CFE_RUN_DIR/logs/${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+    ".$((CFE_ATTEMPT_BASE + ${SLURM_RESTART_COUNT:-0}))."
+)
 
 
 class _Executor(SlurmExecutor):
     """submitit's, with our script around the task and our own sending (no clutter, sbatch's words in errors)."""
 
     def __init__(self, spec: RunSpec, folder: RunFolder, *, options: Sequence[str] = ()) -> None:
-        super().__init__(folder.path / PICKLES, python=shlex.quote(spec.provenance.python))
+        super().__init__(folder.path, python=shlex.quote(spec.provenance.python))
         self._spec, self._run_folder, self._options = spec, folder, options
         self.update_parameters(**_parameters(spec, folder))
 
@@ -67,9 +69,9 @@ class _Executor(SlurmExecutor):
         total = f'--ntasks="$((SLURM_JOB_NUM_NODES * {tasks}))"'
         # From 22.05 on srun no longer takes cpus-per-task from the job.
         each = f"--ntasks-per-node={tasks} --cpus-per-task={cpus}"
-        task = [self._spec.provenance.python, "-u", "-m", "submitit.core._submit", _PICKLES_ON_NODE]
-        options, words = self._in_container(verifying(self._spec, shlex.join(task)))
-        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each}{options} {words}"
+        python = shlex.quote(self._spec.provenance.python)
+        options, words = self._in_container(f'{python} -u "$CFE_RUN_DIR/start.py" cfe_hpc.ranks "$CFE_RUN_DIR"')
+        return f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL {total} {each}{options} {_LOGGING} {words}"
 
     def _in_container(self, words: str) -> tuple[str, str]:
         """What srun is told besides, and its task."""
@@ -81,22 +83,18 @@ class _Executor(SlurmExecutor):
         if kind == "pyxis":
             return srun_options(self._spec, self._run_folder), words
         # The shield is for what srun starts; inside of the container, too, nobody may be ended by a signal yet.
-        return "", f"{_SHIELDED} {contained(self._spec, self._run_folder, words)}"
+        return "", contained(self._spec, self._run_folder, f"{_SHIELDED} {words}")
 
     def script(self) -> str:
         """The text that sbatch gets."""
         text: str = self._make_submission_file_text(self._submitit_command_str, uid="")
         return text
 
-    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Job[Any]]:
-        [delayed] = delayed_submissions
-        self.folder.mkdir(exist_ok=True)
-        delayed.dump(self.folder / TASK_PICKLE)
-        write_atomic(self._run_folder.submission_script, self.script())
-        return [SlurmJob(folder=self.folder, job_id=self._send(), tasks=[0])]
-
-    def _send(self) -> str:
+    def send(self) -> str:
+        """Write what the job needs to the run folder, and send it; the job id, recorded in control/."""
         folder, environment = self._run_folder, clean_environment(os.environ)
+        write_atomic(folder.starter, starter(self._spec))
+        write_atomic(folder.submission_script, self.script())
         if self._spec.job.sweep is not None:
             from cfe_hpc.config.tasks import Tasks  # late: few jobs are sweeps
             from cfe_hpc.launch.arrays import send_tasks
@@ -148,10 +146,9 @@ def _parameters(spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
             'export CFE_ALLOCATED_S="$(date +%s.%N)"',
             *prologue(spec, folder),
             *_attempt_base(spec, python),
-            # submitit would requeue by itself on this signal; nobody sends this one.
-            "export SUBMITIT_PREEMPT_SIGNAL=URG",
             'cd -- "$CFE_RUN_DIR" || exit 1',
             *_redirection(spec, folder),
+            f'export CFE_LOG="{_RANK_LOGS}{"" if plan.launcher == "srun" else "node"}"',
             *_relay(spec),
             # Told to end, bash would go at once and leave out what comes after srun.
             "trap : TERM",
@@ -250,8 +247,7 @@ class SlurmBackend:
     def submit(self, spec: RunSpec, folder: RunFolder, *, after: Sequence[RunFolder] = ()) -> str:
         upstream = awaited(after)
         options = dependency(upstream)
-        job = _Executor(spec, folder, options=options).submit(RankTask(str(folder.path)))
-        job_id: str = job.job_id
+        job_id = _Executor(spec, folder, options=options).send()
         note_dependent(after, folder)
         keep_up(upstream, options)
         if spec.job.checkpoint.export_epochs is not None:

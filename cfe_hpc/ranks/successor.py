@@ -1,13 +1,11 @@
 """Sending a run folder's own script to sbatch: once at submission, and again for a successor.
 
 A partition with PreemptMode=CANCEL never requeues: the run goes on as a new job on the same folder, sent from the
-node by rank 0. The login side sends the first job through the same function. submitit's part is one pickle that
-holds the folder's path; each job finds it under its own id.
+node by rank 0. The login side sends the first job through the same function.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -24,8 +22,6 @@ from cfe_hpc.ranks.patience import insist
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = [
-    "PICKLES",
-    "TASK_PICKLE",
     "clean_environment",
     "record",
     "record_job",
@@ -39,11 +35,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PICKLES = "submitit"
-"""Sub-folder of the run folder with what submitit reads on the nodes."""
-
-TASK_PICKLE = "task.pkl"
-
 _SBATCH_TIMEOUT_S = 120.0
 _TAKE_ALONG_S = 20.0
 """A preemption's grace is no longer on some sites."""
@@ -55,7 +46,7 @@ _FOREIGN = re.compile(
     r"|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE)"
     r"|(GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|TORCHELASTIC_.*"
     r"|CFE_(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|NUM_NODES|ATTEMPT|ATTEMPT_BASE|JOB_ID|RUN_DIR"
-    r"|CONTROL_PORT|ALLOCATED_S|SWEEP_DIR|SWEEP_TASK|SWEEP_OFFSET|SWEEP_TASKS|HOSTS|PIDS|RELAY|RELAY_PID|RESTART|SCHEDULER|WORKER)"
+    r"|CONTROL_PORT|ALLOCATED_S|LOG|SWEEP_DIR|SWEEP_TASK|SWEEP_OFFSET|SWEEP_TASKS|HOSTS|PIDS|RELAY|RELAY_PID|RESTART|SCHEDULER|WORKER)"
     r"|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|HABANA_VISIBLE_MODULES|HABANA_VISIBLE_DEVICES)$"
 )
 
@@ -82,7 +73,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence[str] = ()) -> str:
-    """Give the run folder's submission.sh to sbatch and put submitit's pickle where the new job looks for it.
+    """Give the run folder's submission.sh to sbatch.
 
     Args:
         environment: the whole environment of sbatch, and so of the job.
@@ -94,11 +85,7 @@ def send(folder: RunFolder, *, environment: Mapping[str, str], options: Sequence
     Raises:
         SchedulerError: sbatch is missing, refused (in its own words, with what to do), or gave no answer.
     """
-    job_id = sbatch(folder, folder.submission_script, environment, options)
-    pickles = folder.path / PICKLES
-    with contextlib.suppress(FileExistsError):  # a task of a sweep has been quicker
-        os.link(pickles / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl")
-    return job_id
+    return sbatch(folder, folder.submission_script, environment, options)
 
 
 def sbatch(folder: RunFolder, script: Path, environment: Mapping[str, str], options: Sequence[str]) -> str:

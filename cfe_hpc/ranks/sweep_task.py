@@ -14,7 +14,7 @@ from cfe_hpc.config.sweep_rules import task_job
 from cfe_hpc.config.tasks import Tasks
 from cfe_hpc.errors import CfeError, UsageError
 from cfe_hpc.ranks.env import slurm_job_id
-from cfe_hpc.ranks.successor import PICKLES, TASK_PICKLE, record_job, records, unused_attempt
+from cfe_hpc.ranks.successor import record_job, records, unused_attempt
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["begin", "main", "make_task"]
@@ -61,13 +61,7 @@ def begin(sweep: RunFolder, number: int, job_id: str, *, attempt_base: int | Non
     if sweep.task(number).is_cancelled:
         raise UsageError(f"{sweep.task(number).run_id}: was cancelled: no attempt begins")
     task = make_task(sweep, number)
-    pickles = task.path / PICKLES
-    pickles.mkdir(exist_ok=True)
-    for source, link in (
-        (sweep.submission_script, task.submission_script),
-        (sweep.path / PICKLES / TASK_PICKLE, pickles / TASK_PICKLE),
-        (sweep.path / PICKLES / TASK_PICKLE, pickles / f"{job_id}_submitted.pkl"),
-    ):
+    for source, link in ((sweep.submission_script, task.submission_script), (sweep.starter, task.starter)):
         with contextlib.suppress(FileExistsError):
             os.link(source, link)
     if attempt_base is not None:

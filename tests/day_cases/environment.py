@@ -144,7 +144,7 @@ def what_a_node_lacks_ends_the_run_in_one_line(stage: Stage) -> None:
     lacking: list[tuple[dict[str, Any], str]] = [
         ({"modules": ["cuda/99"]}, "environment.modules: cannot be loaded on n"),
         ({"venv": str(stage.folder / "none")}, f"environment.venv: {stage.folder}/none/bin/python is no program on n"),
-        ({"python": python}, "environment.python: lacks cfe_hpc, pydantic, submitit on n"),
+        ({"python": python}, "environment.python: lacks cfe_hpc, pydantic on n"),
         ({"container": {"kind": "apptainer", "image": image}}, f"environment.container.image: {image} is not there"),
     ]
     programs(stage, apptainer=APPTAINER)

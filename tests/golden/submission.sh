@@ -100,16 +100,16 @@ def verify(start: str, names: list[str]) -> None:
     sys.exit(78)
 
 
-verify("/work/dir", ["cfe_hpc", "pydantic", "submitit"])'
+verify("/work/dir", ["cfe_hpc", "pydantic"])'
 why="$('/opt/py thon/bin/python' -c "$cfe_verify" 2>&1)" || cfe_refuse "${why#error: }"
 export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"
-export SUBMITIT_PREEMPT_SIGNAL=URG
 cd -- "$CFE_RUN_DIR" || exit 1
+export CFE_LOG="$CFE_RUN_DIR/logs/${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}.$((CFE_ATTEMPT_BASE + ${SLURM_RESTART_COUNT:-0}))."
 trap : TERM
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'trap "" TERM USR1 USR2; verify=$1; shift; if [ "${SLURM_LOCALID:-1}" = 0 ] && [ "${SLURM_NODEID:-0}" != 0 ]; then "$1" -c "$verify" || exit 78; fi; exec "$@"' sh "$cfe_verify" '/opt/py thon/bin/python' -u -m submitit.core._submit /proc/self/cwd/submitit
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --ntasks="$((SLURM_JOB_NUM_NODES * 4))" --ntasks-per-node=4 --cpus-per-task=3 sh -c 'log="$CFE_LOG$SLURM_PROCID"; exec >>"$log.out" 2>>"$log.err"; trap "" TERM USR1 USR2; exec "$@"' sh '/opt/py thon/bin/python' -u "$CFE_RUN_DIR/start.py" cfe_hpc.ranks "$CFE_RUN_DIR"
 
 
 # teardown
