@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +325,6 @@ def test_what_slurm_refuses_for_reasons_of_its_own_is_told_in_its_words(job: Cal
 def test_what_only_ones_own_jobs_hold_up_has_no_start(facts: Facts, job: Callable[..., Loaded]) -> None:
     partitions = {"gpu": {"hardware": "gpu"}}
     loaded = job(site={"partitions": partitions, "debug_partition": "gpu"}, devices_per_node=1, nodes=1, account="tiny")
-    loaded = replace(loaded, job=loaded.job.model_copy())
     [found] = proposals(loaded, facts=facts, ask=_asked({"gpu": 0}), now_s=NOW_S)[:1]
     assert (found.possible, found.start_s, found.reason(NOW_S)) == (True, None, "AssocGrpNodeLimit")
 

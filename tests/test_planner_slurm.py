@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 from slurm.cluster import Cluster
+from spine.harness import cfe
 
 from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.errors import SchedulerError
@@ -289,7 +291,14 @@ def test_what_waits_for_nodes_says_until_when_and_where_it_need_not(place: Place
         # The best partition is another one then, and Slurm agrees.
         chosen, verdict, predicted = place.predict(place.job({"partition": "auto"}))
         assert (chosen.job.resources.partition, predicted) == ("gaudi", "None")
-        place.starts(chosen)
+        words = ("submit", "job.toml", "--site", str(place.folder / "site.toml"), "--partition", "auto", "--json")
+        done = cfe(*words, cwd=place.folder, env=place.cluster.env)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("partition gaudi: start now; next best is gpu: start ")
+        job_id = json.loads(done.stdout)["job_id"]
+        place.cluster.wait_for_state(job_id, "RUNNING", "COMPLETED", timeout_s=30)
+        assert place.cluster.job(job_id)["Partition"] == "gaudi"
+        place.cluster.wait_for_end(job_id)
 
 
 def test_a_maintenance_is_waited_for_and_a_shorter_job_is_not(place: Place) -> None:

@@ -47,6 +47,7 @@ class Proposal:
         start_s: when it would start, in seconds since the epoch; None when nobody was asked, or it never would.
         cost: of one full attempt, in the site's currency; None when not known.
         billing_hours: what Slurm bills one full attempt: units times hours; None when not known.
+        unfit: the checks of the job itself forbid it there: neither time nor shape changes that.
     """
 
     partition: str
@@ -56,6 +57,7 @@ class Proposal:
     start_s: float | None = None
     cost: float | None = None
     billing_hours: float | None = None
+    unfit: bool = False
 
     @property
     def possible(self) -> bool:
@@ -134,11 +136,12 @@ def judged(
     there = adapted(loaded, partition=partition, **(changes or {}))
     try:
         planned = plan(there.job, there.site, there.origins)
-        found = [*_unfit(there, planned)]
+        # A variant is made of what has passed them already, and they take ten milliseconds.
+        unfit = [] if changes else [*_unfit(there, planned)]
     except (ImpossibleError, ConfigError) as error:
         stated = tuple(_stated(problem) for problem in error.problems)
         return Proposal(partition=partition, plan=None, changes=changes or {}, obstacles=stated)
-    found += [] if facts is None else obstacles(planned, facts, now_s=now_s)
+    found = [*unfit, *([] if facts is None else obstacles(planned, facts, now_s=now_s))]
     start_s = next((obstacle.until_s for obstacle in found if obstacle.until_s is not None), None)
     if there.site.scheduler == "local" and not found:
         start_s = now_s
@@ -157,6 +160,7 @@ def judged(
         start_s=start_s,
         cost=cost_of_attempt(there, planned),
         billing_hours=billing_hours(there, planned, live_weights=_weights(planned, facts)),
+        unfit=bool(unfit),
     )
 
 
@@ -205,6 +209,8 @@ def _variants(loaded: Loaded, proposal: Proposal, now_s: float) -> Iterator[dict
     attempts."""
     if proposal.possible and (proposal.start_s is None or proposal.start_s <= now_s + SOON_S):
         return  # soon enough; or nobody knows, and would not know of a variant
+    if proposal.unfit:
+        return
     yield from _shorter(loaded, proposal)
     yield from _shapes(loaded, proposal)
 
@@ -268,17 +274,26 @@ _LIMITS = {"nodes": "MaxNodes", "time": "MaxTime", "qos-time": "QOS", "devices":
            "accelerator": "GRES", "cores": "cores"}  # fmt: skip
 """What the profile forbids, by the id of the check, in the words of `Obstacle.limit`."""
 
-_REASONS = {"MaxNodes": "PartitionNodeLimit", "MaxTime": "PartitionTimeLimit"}
+_REASONS = {
+    "MaxNodes": "PartitionNodeLimit",
+    "MaxTime": "PartitionTimeLimit",
+    "QOS": "QOSMaxWallDurationPerJobLimit",
+    "account": "Invalid account or account/partition combination specified",
+    "device memory": "the ranks run out of it",
+    "cost": "resources.cost_max",
+    "batch": "no rank starts",
+}
+_PENDS = frozenset({"MaxNodes", "MaxTime", "QOS"})
 
 
 def _stated(problem: Problem, limit: str | None = None) -> Obstacle:
-    """What profile and checks say, as an obstacle: no job is sent, so neither squeue nor sbatch says anything."""
+    """What profile and checks say, as an obstacle, with what Slurm would say if the job were sent all the same."""
     limit = limit or _LIMITS.get(problem.check or "", problem.check or "profile")
     shown = "" if problem.value is None else f" ({problem.value})"
     return Obstacle(
         limit=limit,
         reason=_REASONS.get(limit, "Requested node configuration is not available"),
-        refused=limit not in _REASONS,
+        refused=limit not in _PENDS,
         for_ever=True,
         what=f"{problem.what}{shown}",
         remedy=problem.remedy,
