@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from cfe_hpc.cli.packing import packing
 from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.errors import ConfigError
 from cfe_hpc.launch.interpreter import import_roots
@@ -249,3 +252,22 @@ def test_secrets_are_known_by_name(name: str, is_secret: bool) -> None:
 )
 def test_secrets_are_known_by_what_they_hold(text: str, is_secret: bool) -> None:
     assert secret_content(text.encode()) is is_secret
+
+
+def test_a_bar_is_for_copies_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int]] = []
+
+    @contextmanager
+    def bar(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+        shown.append((title, total))
+        yield lambda done: shown.append(("done", done))
+
+    clock = iter([0.0, 0.1, 0.7])
+    monkeypatch.setattr("cfe_hpc.cli.packing.bar", bar)
+    monkeypatch.setattr("cfe_hpc.cli.packing.time.monotonic", lambda: next(clock))
+    with packing() as told:
+        told(10, 100)
+        assert shown == []
+        told(30, 100)
+        told(100, 100)
+    assert shown == [("copying code", 100), ("done", 30), ("done", 70)]
