@@ -95,7 +95,6 @@ def test_limits_of_qos_and_accounts_come_with_what_is_used(facts: Facts) -> None
     assert peruser.user_max == {"gres/gpu": Use(limit=2, used=2), "mem": Use(limit=4096, used=1000)}
     assert peruser.group_max == {"gres/gpu": Use(limit=4, used=2)}
     assert (peruser.jobs_max, peruser.submit_max) == (Use(limit=3, used=1), Use(limit=9, used=1))
-    assert peruser.cost_factor == 2
     assert facts.qos["flagged"].refuses
     assert (facts.qos["short"].wall_s, facts.qos["normal"].wall_s) == (600, math.inf)
     own, account, root = facts.accounts["tiny"]
@@ -152,7 +151,7 @@ def test_words_of_another_slurm_are_an_error_that_says_so(fakes: Path) -> None:
     [
         (
             ["echo 'sbatch: Job 5 to start at 2026-11-22T14:51:43 using 8 processors on nodes n[1-2] in partition g'"],
-            Answer(start_s=epoch_s("2026-11-22T14:51:43"), nodes="n[1-2]"),
+            Answer(start_s=epoch_s("2026-11-22T14:51:43")),
         ),
         (
             ["echo 'sbatch: error: QOSMaxWallDurationPerJobLimit'", "echo 'allocation failure: Job violates policy'"],

@@ -15,7 +15,7 @@ __all__ = ["Answer", "ask"]
 
 _TIMEOUT_S = 20.0
 
-_START = re.compile(r"to start at (\S+) using \d+ processors on (?:nodes )?(\S+)(?: in partition (\S+))?")
+_START = re.compile(r"\bto start at (\S+) using \d+ processors\b")
 _LOST = re.compile(r"contact slurm|configuration (source|file)|connect|timed out|munge|authentication", re.IGNORECASE)
 _PREFIX = re.compile(r"^(?:sbatch: )?(?:error: |fatal: )?(?:allocation failure: )?")
 
@@ -30,7 +30,6 @@ class Answer:
     """
 
     start_s: float | None
-    nodes: str = ""
     refusal: str = ""
 
 
@@ -53,7 +52,7 @@ def ask(script: str) -> Answer:
     said = [word for word in (_PREFIX.sub("", line).strip() for line in done.stderr.splitlines()) if word]
     match = _START.search(done.stderr)
     if done.returncode == 0 and match is not None:
-        return Answer(start_s=epoch_s(match[1]), nodes=match[2])
+        return Answer(start_s=epoch_s(match[1]))
     if _LOST.search(done.stderr):
         raise SchedulerError(f"sbatch: {'; '.join(said)}; check that this machine reaches the scheduler (`sinfo`)")
     return Answer(start_s=None, refusal="; ".join(dict.fromkeys(said)) or "it said nothing")

@@ -48,7 +48,6 @@ class PartitionFacts:
     qos_denied: frozenset[str]
     qos: str | None
     memory_max_mib: float
-    root_only: bool
     needs_reservation: bool
     weights: Amounts
     shapes: tuple[Shape, ...]
@@ -74,7 +73,6 @@ class Limits:
     jobs_max: Use | None = None
     submit_max: Use | None = None
     refuses: bool = False
-    cost_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +83,6 @@ class Reservation:
     start_s: float
     end_s: float
     nodes: frozenset[str]
-    maintenance: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

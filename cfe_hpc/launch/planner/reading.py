@@ -25,7 +25,7 @@ __all__ = ["parse_facts", "read_facts"]
 
 _TIMEOUT_S = 15.0
 
-_QOS_FIELDS = "name,flags,maxwall,maxtres,mintres,maxtrespu,grptres,maxjobspu,maxsubmitpu,usagefactor"
+_QOS_FIELDS = "name,flags,maxwall,maxtres,mintres,maxtrespu,grptres,maxjobspu,maxsubmitpu"
 _ASSOCIATION_FIELDS = "account,partition,defaultqos,qos"
 _SINFO_FIELDS = "%R|%D|%c|%m|%G|%f|%t"
 
@@ -154,7 +154,6 @@ def _partition(said: Mapping[str, str], shapes: tuple[Shape, ...]) -> PartitionF
         qos_denied=_names(said.get("DenyQos")),
         qos=None if said.get("QoS", "N/A") == "N/A" else said["QoS"],
         memory_max_mib=_limit(said.get("MaxMemPerNode")),
-        root_only=said.get("RootOnly") == "YES",
         needs_reservation=said.get("ReqResv") == "YES",
         weights=parse_weights(said.get("TRESBillingWeights", "")),
         shapes=shapes,
@@ -215,7 +214,7 @@ def _qos(limits: str, usage: str) -> Iterator[Limits]:
     used = {said["QOS"].partition("(")[0]: said for said in _records(usage) if "QOS" in said}
     blocks = dict(re.findall(r"^QOS=([^(]+)\(.*User Limits= *\S+?=\{([^}]*)\}", usage, re.MULTILINE))
     for line in filter(None, limits.splitlines()):
-        name, flags, wall, job_max, job_min, user_max, group, jobs, submit, factor = line.split("|")
+        name, flags, wall, job_max, job_min, user_max, group, jobs, submit = line.split("|")
         mine = record(blocks.get(name, ""))
         now = _uses(mine.get("MaxTRESPU", ""))
         yield Limits(
@@ -230,7 +229,6 @@ def _qos(limits: str, usage: str) -> Iterator[Limits]:
             jobs_max=_use(mine.get("MaxJobsPU", "")) or (Use(limit=float(jobs)) if jobs else None),
             submit_max=_use(mine.get("MaxSubmitJobsPU", "")) or (Use(limit=float(submit)) if submit else None),
             refuses="DenyOnLimit" in flags.split(","),
-            cost_factor=float(factor or "1"),
         )
 
 
@@ -277,5 +275,4 @@ def _reservations(shown: str) -> Iterator[Reservation]:
                 start_s=start_s,
                 end_s=end_s,
                 nodes=frozenset(expand(nodes)),
-                maintenance="MAINT" in said.get("Flags", "").split(","),
             )
