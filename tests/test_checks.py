@@ -39,12 +39,22 @@ class Stage:
         self.here, self.patch, self.undo = here, patch, undo
 
 
+def _no_cluster(folder: Path) -> None:
+    """What is asked is the profile alone, whatever cluster this machine belongs to."""
+    folder.mkdir()
+    program = folder / "scontrol"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+
+
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HERE", str(here))
+    _no_cluster(tmp_path / "none")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'none'}{os.pathsep}{os.environ['PATH']}")
     with ExitStack() as undo:
         yield Stage(here, monkeypatch, undo)
 
