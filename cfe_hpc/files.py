@@ -27,6 +27,7 @@ __all__ = [
     "ndjson_record",
     "read_ndjson",
     "read_toml",
+    "tomllib",
     "write_atomic",
     "written_aside",
 ]
