@@ -55,8 +55,11 @@ def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
         if ended is not None:
             sweep.write_result(ended)
         raise
-    for number in numbers:
-        _note_again(sweep, sweep.task(number), job_ids)
+    if spec.site.scheduler == "slurm":  # this machine's runner records the task's own process
+        arrays = [job for job in all_jobs(sweep) if job["job_id"] in job_ids]
+        job_of = {number: f"{job['job_id']}_{number - int(job['offset'])}" for job in arrays for number in _tasks(job)}
+        for number in numbers:
+            _note_again(sweep.task(number), job_of[number])
     return Retried(tasks=tuple(numbers), job_ids=tuple(job_ids))
 
 
@@ -86,24 +89,18 @@ def _reopened(task: RunFolder, *, again: bool) -> Callable[[], None]:
     return put_back
 
 
-def _note_again(sweep: RunFolder, task: RunFolder, job_ids: Sequence[str]) -> None:
+def _note_again(task: RunFolder, job_id: str) -> None:
     """Tell a task's own folder of the job that goes on with it: of those that have not started there is none."""
     if not task.run_toml.exists():
         return
     attempt = latest_attempt(task)
-    number = task.sweep_task
-    assert number is not None
-    array = next((job for job in all_jobs(sweep) if job["job_id"] in job_ids and _has(job, number)), None)
-    if array is None or array["scheduler"] != "slurm":  # this machine's runner records the task's own process
-        return
-    job_id = f"{array['job_id']}_{number - int(array['offset'])}"
     if not any(job.get("job_id") == job_id for job in records(task, "job")):
         record(task, "job", job_id=job_id, scheduler="slurm", attempt_base=unused_attempt(task))
     task.append_event("requeued", attempt=attempt, reason="requeue_requested", detail=f"as job {job_id}")
 
 
-def _has(job: dict[str, Any], number: int) -> bool:
-    return number in unranged(str(job.get("tasks", "")))
+def _tasks(job: dict[str, Any]) -> list[int]:
+    return list(unranged(str(job["tasks"])))
 
 
 def jobs_to_await(sweep: RunFolder) -> list[str]:
@@ -117,7 +114,7 @@ def jobs_to_await(sweep: RunFolder) -> list[str]:
     for job in all_jobs(sweep):
         if job.get("scheduler") != "slurm":
             raise UsageError(f"--after: {sweep.run_id}: is no sweep of Slurm's; submit without --after")
-        newest.update((number, job) for number in unranged(str(job["tasks"])))
+        newest.update((number, job) for number in _tasks(job))
     one_by_one = RunSpec.read(sweep.run_toml).plan.preemption.mode == "cancel"
     found: dict[str, None] = {}
     for number, job in newest.items():
@@ -125,7 +122,7 @@ def jobs_to_await(sweep: RunFolder) -> list[str]:
         state = (task.result() or {}).get("state")
         if state not in (None, "COMPLETED"):
             raise UsageError(f"--after: {task.run_id}: ended {state}; give `cfe-hpc retry {sweep.run_id}` first")
-        whole = not one_by_one and all(newest[each] is job for each in unranged(str(job["tasks"])))
+        whole = not one_by_one and all(newest[each] is job for each in _tasks(job))
         if whole or state is None:
             own = latest_job(task)
             found[array if whole else str(own["job_id"]) if own else f"{array}_{number - int(job['offset'])}"] = None
