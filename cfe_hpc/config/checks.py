@@ -65,6 +65,12 @@ CHECKS: dict[str, Row] = {
     "qos-time": Row("error", "longer than the quality of service allows", "ask for less, or choose another"),
     "signal-lead": Row("error", "the time limit is shorter than the signal's lead", "ask for more time"),
     "launcher": Row("error", "this version cannot start ranks that way", "choose another launcher", firm=True),
+    "impossible": Row(
+        "error",
+        'with `partition = "auto"`: the job could start nowhere',
+        "change what the line of a partition names",
+        firm=True,
+    ),
     # Looking at the plan. Access and cost.
     "account-missing": Row(
         "error", "the site wants an account of every job, and this one names none", "set `resources.account`"
