@@ -1,34 +1,62 @@
-"""A command in a terminal of its own, talked to line by line, as a person does."""
+"""A program in a terminal of its own, talked to line by line, as a person does."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import termios
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pexpect
+from pexpect.fdpexpect import fdspawn
 
 TIMEOUT_S = 60.0
 
+_SETSID = shutil.which("setsid") or "setsid"  # the program's own PATH may be short of everything
+
+
+class Dialogue(fdspawn):
+    """pexpect's `expect` and `sendline`, for a program that holds the other end of a terminal."""
+
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+        super().__init__(descriptor, timeout=TIMEOUT_S, encoding="utf-8", codec_errors="replace")
+        self.process = process
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.send("\x03")
+
+    def ended(self) -> int:
+        """Wait for the program's end; its status."""
+        self.expect(pexpect.EOF)
+        return self.process.wait(timeout=TIMEOUT_S)
+
 
 @contextlib.contextmanager
-def dialogue(*words: str, cwd: Path, env: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> Iterator[Any]:
-    """`python -m cfe_hpc WORDS` in a terminal of 80 columns, killed at the end of the body at the latest."""
-    argv = ["-m", "cfe_hpc", *words]
-    child = pexpect.spawn(
-        sys.executable, argv, cwd=str(cwd), env=dict(env), encoding="utf-8", timeout=timeout_s, dimensions=(24, 80)
-    )
-    child.delaybeforesend = None
+def talking(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], columns: int = 80) -> Iterator[Any]:
+    """A program in a terminal, killed at the end of the body at the latest."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    # Not by forking here: pytest's process has threads.
+    process = subprocess.Popen([_SETSID, "--ctty", *argv], cwd=cwd, env=dict(env), stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    child = Dialogue(process, ours)
     try:
         yield child
     finally:
-        child.close(force=True)
+        child.close()
+        process.kill()
+        process.wait(timeout=TIMEOUT_S)
 
 
-def ended(child: Any) -> int:
-    """Wait for the command's end; its status."""
-    child.expect(pexpect.EOF)
-    child.close()
-    return int(child.exitstatus if child.exitstatus is not None else -child.signalstatus)
+def dialogue(*words: str, cwd: Path, env: Mapping[str, str]) -> contextlib.AbstractContextManager[Any]:
+    """`python -m cfe_hpc WORDS` in a terminal."""
+    return talking([sys.executable, "-m", "cfe_hpc", *words], cwd=cwd, env=env)

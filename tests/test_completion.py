@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
+from dialogue import talking
 
 PROMPT = "READY> "
 MINE = """
@@ -69,17 +69,11 @@ def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "runs" / "look" / RUN_ID).mkdir(parents=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {"PATH": path, "PS1": PROMPT, "TERM": "dumb", "HOME": str(folder), "LC_ALL": "C.UTF-8"}
-    child = pexpect.spawn(
-        name, SHELLS[name], cwd=str(folder), env=env, encoding="utf-8", timeout=60, dimensions=(24, 200)
-    )
-    child.delaybeforesend = None
-    try:
+    with talking([name, *SHELLS[name]], cwd=folder, env=env, columns=200) as child:
         child.sendline(SETUP[name])
         child.sendline("echo up-$((1+1))")
         child.expect_exact("up-2")
         yield child
-    finally:
-        child.close(force=True)
 
 
 @pytest.mark.parametrize("case", TYPED)

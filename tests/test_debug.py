@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dialogue import dialogue, ended
+from dialogue import dialogue
 from spine.harness import LiveRun, cfe, site_file, write_job
 
 from cfe_hpc.cli.main import main
@@ -48,7 +48,7 @@ def test_pdb_holds_rank_0_and_the_other_ranks_end_with_it(tmp_path: Path) -> Non
         shown.expect_exact("(0, 2, 0)")
         shown.expect_exact(PDB)
         shown.sendline("q")
-        assert ended(shown) == 0
+        assert shown.ended() == 0
     assert state(tmp_path) == ("CANCELLED", "the debug session has ended")
     logs = the_run(tmp_path).logs
     assert [path.name.rpartition(".0.")[2] for path in sorted(logs.iterdir())] == ["1.err", "1.out"]
@@ -67,7 +67,7 @@ def test_an_error_is_looked_at_where_it_was_raised(tmp_path: Path) -> None:
         shown.expect_exact("42")
         shown.expect_exact(PDB)
         shown.sendline("q")
-        assert ended(shown) == 1
+        assert shown.ended() == 1
 
 
 def test_a_python_command_is_debugged_with_its_arguments(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_python_command_is_debugged_with_its_arguments(tmp_path: Path) -> None
         shown.expect_exact("lr 0.5 rank 0")
         shown.expect_exact(PDB)
         shown.sendline("q")
-        assert ended(shown) == 0
+        assert shown.ended() == 0
 
 
 def test_a_shell_is_interrupted_and_starts_the_rank(tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_a_shell_is_interrupted_and_starts_the_rank(tmp_path: Path) -> None:
         # What is told by a child is told when the terminal is the child's.
         shown.sendline("""sh -c 'echo "$GREETING, $RANK of $WORLD_SIZE at $MASTER_ADDR"; exec sleep 600'""")
         shown.expect_exact("it's me, 0 of 1 at 127.0.0.1")
-        shown.sendintr()
+        shown.interrupt()
         shown.expect_exact(PROMPT)
         shown.sendline(f"{start}; echo status $?")
         shown.expect_exact("status 0")
         shown.expect_exact(PROMPT)
         shown.sendline("exit 3")
-        assert ended(shown) == 3
+        assert shown.ended() == 3
     assert state(tmp_path) == ("COMPLETED", None)
 
 
@@ -108,7 +108,7 @@ def test_a_session_is_cancelled_from_elsewhere(tmp_path: Path) -> None:
         (known,) = json.loads(cfe("status", "--json", cwd=tmp_path, env=ENV).stdout)
         assert known["state"] == "RUNNING"
         assert cfe("cancel", "look", cwd=tmp_path, env=ENV).returncode == 0
-        assert ended(shown) != 0
+        assert shown.ended() != 0
     assert state(tmp_path) == ("CANCELLED", "cancelled by the user")
 
 
@@ -116,7 +116,7 @@ def test_no_slurm_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     nowhere = {**ENV, "PATH": "/nowhere"}
     with dialogue("debug", job(tmp_path), "--site", site_file(tmp_path), cwd=tmp_path, env=nowhere) as shown:
         shown.expect_exact("error: srun: command not found; debug from a machine that has Slurm's commands")
-        assert ended(shown) == 3
+        assert shown.ended() == 3
     assert not list((tmp_path / "runs").glob("*/*"))
 
 
@@ -133,7 +133,7 @@ def test_a_shell_beside_a_running_rank_leaves_it_alone(tmp_path: Path) -> None:
             shown.expect_exact(f"0 of 1 in {run.job_id}, {run.folder.path}")
             shown.expect_exact(PROMPT)
             shown.sendline("exit")
-            assert ended(shown) == 0
+            assert shown.ended() == 0
         words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
         assert b"cfe_hpc.ranks" in words
         refused = cfe("debug", "--attach", run.run_id, "--rank", "1", "--dry-run", cwd=tmp_path, env=ENV)

@@ -143,14 +143,16 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
         if waits:
             record_job(folder, job_id=waits[1], scheduler="slurm", attempt_base=0)
 
+    argv = session_argv(spec, folder)
     try:
         with _other_ranks(spec, folder):
-            argv = session_argv(spec, folder)
             code = in_terminal(argv, _environment(spec, 0), heard=heard if argv[0] == "srun" else None)
     finally:
         begun = _close(folder)
     if not begun:
-        raise SchedulerError(f"srun: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`")
+        raise SchedulerError(
+            f"{argv[0]}: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`"
+        )
     return code
 
 

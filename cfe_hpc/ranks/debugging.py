@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(args.run_dir)
     spec = RunSpec.read(folder.run_toml)
     os.environ["CFE_RUN_DIR"] = str(folder.path)
-    os.chdir(spec.provenance.workdir)
+    os.chdir(spec.provenance.start_folder)
     facts = read_facts()
     if facts.rank > 0:
         return _beside(folder, facts)

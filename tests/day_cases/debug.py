@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from dialogue import dialogue, ended
+from dialogue import dialogue
 from spine.harness import site_file, write_job
 from spine.stage import Stage, assert_counted
 
@@ -38,7 +38,7 @@ def pdb_holds_the_first_of_two_ranks_in_the_debug_partition(stage: Stage) -> Non
         shown.sendline("n")
         shown.expect_exact(PDB)
         shown.sendline("c")
-        assert ended(shown) == 0
+        assert shown.ended() == 0
     (status,) = json.loads(stage.cfe("status", "--json").stdout)
     assert (status["state"], status["step"]) == ("COMPLETED", 6)
 
@@ -55,12 +55,12 @@ def a_shell_starts_the_job_as_often_as_one_likes(stage: Stage) -> None:
             shown.expect_exact("rank 0 of 1, it's me")
         shown.expect_exact(PROMPT)
         shown.sendline("exit")
-        assert ended(shown) == 0
+        assert shown.ended() == 0
     refused = ("debug", path, "--site", site_file(stage.folder), "--set", "resources.constraint=nowhere")
     with dialogue(*refused, cwd=stage.folder, env=stage.cluster.env) as shown:
         shown.expect_exact("Invalid feature specification")
         shown.expect_exact("error: srun: gave no session")
-        assert ended(shown) == 3
+        assert shown.ended() == 3
     (status,) = json.loads(stage.cfe("status", "--json").stdout)
     assert (status["state"], status["reason"]) == ("CANCELLED", "the debug session has ended")
 
@@ -76,14 +76,14 @@ def a_session_that_waits_is_seen_and_cancelled(stage: Stage) -> None:
             assert time.monotonic() < deadline, status
         assert status["state"] == "PENDING"
         stage.cfe("cancel", job_id)
-        assert ended(shown) != 0
+        assert shown.ended() != 0
     (status,) = json.loads(stage.cfe("status", "--json").stdout)
     assert status["state"] == "CANCELLED"
     with dialogue("debug", job(stage), "--site", site, cwd=stage.folder, env=stage.cluster.env) as shown:
         shown.expect_exact("queued and waiting")
-        shown.sendintr()
+        shown.interrupt()
         shown.expect_exact("error: srun: gave no session")
-        assert ended(shown) == 3
+        assert shown.ended() == 3
 
 
 def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
@@ -95,7 +95,7 @@ def a_shell_beside_a_running_rank_leaves_it_alone(stage: Stage) -> None:
         shown.expect_exact(f"in {run.job_id}: 1 of 2, {run.folder.path}")
         shown.expect_exact(PROMPT)
         shown.sendline("exit")
-        assert ended(shown) == 0
+        assert shown.ended() == 0
     assert_counted(run, attempts=1)
     refused = stage.cfe("debug", "--attach", run.run_id, "--dry-run", status=2)
     assert f"error: {run.run_id}: has ended (COMPLETED)" in refused.stderr
@@ -117,7 +117,7 @@ def a_task_of_a_sweep_is_reached_by_its_number(stage: Stage) -> None:
             shown.expect_exact(f"0 of 1 in {told['job_id']}: {task.path}")
             shown.expect_exact(PROMPT)
             shown.sendline("exit")
-            assert ended(shown) == 0
+            assert shown.ended() == 0
         assert task.result() is None
     finally:
         stage.cfe("cancel", told["sweep_id"])
