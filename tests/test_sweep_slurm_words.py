@@ -13,6 +13,7 @@ from slurm_programs import calls, slurm
 from cfe_hpc.cli.main import main
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import UsageError
+from cfe_hpc.launch import sweep as launch_sweep
 from cfe_hpc.ranks.jobrecords import records
 from cfe_hpc.ranks.sweep_task import begin
 from cfe_hpc.recovery.result import write_result
@@ -22,6 +23,8 @@ from cfe_hpc.runfolder import RunFolder
 __all__ = ["slurm"]  # a fixture
 
 Capture = pytest.CaptureFixture[str]
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +221,26 @@ def test_a_retry_that_slurm_refuses_leaves_everything_as_it_was(capsys: Capture,
     assert main(["retry", str(sweep.path), "--cancelled", "--failed"]) == 3
     assert [sweep.task(number).result() for number in range(5)] == before
     assert len(records(sweep, "job")) == 1
+
+
+def test_retry_waits_for_batch_scripts_that_are_ending(
+    capsys: Capture, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = _ended(capsys, ("FAILED", "failed"))
+    _queue(slurm, "41_0|COMPLETING|None")
+    monkeypatch.setattr(launch_sweep, "_ENDING_S", 0.0)
+    assert main(["retry", str(sweep.path)]) == 3
+    assert "job 41_0: is still ending; try again in a moment" in capsys.readouterr().err
+    assert sweep.task(0).result() is not None and len(records(sweep, "job")) == 1
+
+
+def test_a_site_that_does_not_say_is_asked_how_many_indices_there_are(capsys: Capture, slurm: Path) -> None:
+    (slurm / "scontrol").write_text("#!/bin/sh\necho 'MaxArraySize            = 5'\n")
+    Path("site.toml").write_text(
+        Path(ROOT / "site_configs" / "minislurm.toml").read_text().replace("array_max = 1001\n", "")
+    )
+    told = _submit(capsys, 12, "--dry-run", "--site", "site.toml")
+    assert told["arrays"] == ["--array=0-4", "--array=0-4", "--array=0-1"]
 
 
 def test_a_run_is_no_sweep_to_retry(capsys: Capture, tmp_path: Path) -> None:

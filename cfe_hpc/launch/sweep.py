@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from cfe_hpc.runfolder import RunFolder
 __all__ = ["Retried", "cancel_sweep", "jobs_to_await", "retry_tasks", "save_tasks"]
 
 _OVER = ("COMPLETED", "FAILED", "CANCELLED")
+_ENDING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +42,11 @@ def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
     """Send tasks again, none of which runs or waits, each going on from its own newest checkpoint.
 
     Raises:
-        SchedulerError: it was refused; everything stands as before.
+        SchedulerError: it was refused, or a job that ran one of them does not end; everything stands as before.
     """
     spec = RunSpec.read(sweep.run_toml)
     backend = backend_for(spec.site.scheduler)
+    _wait_until_over(backend, [sweep.task(number) for number in numbers], spec)
     ended, cancelled = sweep.result(), sweep.promised("cancel") is not None
     undo = [_reopened(sweep.task(number), again=cancelled) for number in numbers]
     sweep.result_path.unlink(missing_ok=True)
@@ -61,6 +64,15 @@ def retry_tasks(sweep: RunFolder, numbers: Sequence[int]) -> Retried:
         for number in numbers:
             _note_again(sweep.task(number), job_of[number])
     return Retried(tasks=tuple(numbers), job_ids=tuple(job_ids))
+
+
+def _wait_until_over(backend: Backend, tasks: Sequence[RunFolder], spec: RunSpec) -> None:
+    """Wait for batch scripts, or supervisors, that still look at what the ranks of an attempt have left."""
+    deadline_s = time.monotonic() + _ENDING_S
+    while ending := [job.job_id for job in _known(backend, tasks).values() if job.state == "RUNNING"]:
+        if time.monotonic() > deadline_s:
+            raise SchedulerError(f"job {ending[0]}: is still ending; try again in a moment")
+        time.sleep(min(1.0, spec.site.slurm.poll_interval))
 
 
 def _reopened(task: RunFolder, *, again: bool) -> Callable[[], None]:
