@@ -267,8 +267,9 @@ class SlurmBackend:
     ) -> list[str]:
         from cfe_hpc.launch.arrays import send_tasks  # late: few jobs are sweeps
 
+        sent = send_tasks(spec, sweep, tasks, options=dependency(after))
         forget_queue()
-        return send_tasks(spec, sweep, tasks, options=dependency(after))
+        return sent
 
     def states(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobState]:
         return queue(job["job_id"] for job in jobs)
