@@ -18,6 +18,7 @@ from launching import make_spec, pid_exists
 from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError
+from cfe_hpc.launch.exporting import export_script
 from cfe_hpc.launch.interpreter import interpreters
 from cfe_hpc.launch.local import LocalBackend
 from cfe_hpc.launch.slurm import SlurmBackend
@@ -160,6 +161,33 @@ def test_without_any_python_the_run_still_ends(tmp_path: Path) -> None:
     assert result["reason"] == failed["reason"]
     assert f'environment.python: {tmp_path}/no "py\\thon is no program on ' in result["reason"]
     assert (failed["run_id"], failed["attempt"], failed["cause"]) == (folder.run_id, 2, "configuration")
+
+
+def test_a_snapshot_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = str(tmp_path / "snapshot")
+    spec = make_spec(tmp_path)
+    provenance = spec.provenance.model_copy(update={"snapshot": gone, "work_tree": str(tmp_path), "start_in": gone})
+    folder = RunFolder(tmp_path / "job-20260101-000000-abcd")
+    for sub in (folder.logs, folder.control):
+        sub.mkdir(parents=True)
+    spec = spec.model_copy(update={"provenance": provenance})
+    spec.write(folder.run_toml)
+    script = LocalBackend().preview(spec, folder)
+    assert subprocess.run(["bash", "-c", script], timeout=30).returncode == 1
+    result = folder.result()
+    assert result is not None and result["state"] == "FAILED"
+    assert f"{gone}: the snapshot of the code is not there on" in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("apptainer", '"$cfe_container" exec'), ("pyxis", "srun '--container-image")]
+)
+def test_weights_are_exported_where_the_packages_are(kind: str, words: str) -> None:
+    spec = container_spec(kind)
+    checkpoint = spec.job.checkpoint.model_copy(update={"export_epochs": "bf16"})
+    spec = spec.model_copy(update={"job": spec.job.model_copy(update={"checkpoint": checkpoint})})
+    last = export_script(spec, RunFolder(Path(RUN)), log=["a", "b"]).splitlines()[-1]
+    assert last.startswith(f"exec {words}") and f" python3 -m cfe_hpc checkpoints export {RUN} --epochs" in last
 
 
 def test_what_has_completed_is_not_undone(tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def test_a_tree_that_never_rests_is_refused(tree: Tree) -> None:
     assert not list((tree.runs / SNAPSHOTS).iterdir())
 
 
+def test_of_two_that_submit_the_same_at_once_both_have_it(tree: Tree) -> None:
+    others: list[Packed] = []
+
+    def meanwhile(done_bytes: int, total_bytes: int) -> None:
+        if not others:
+            others.append(tree.take())
+
+    mine = take(tree.job(), WorkTree(tree.top), tree.runs, told=meanwhile)
+    assert mine is not None and mine.folder == others[0].folder
+    assert [path.name for path in (tree.runs / SNAPSHOTS).iterdir()] == [mine.folder.name]
+
+
 def test_a_runs_root_that_takes_nothing_is_named(tree: Tree) -> None:
     tree.runs.write_text("a file\n")
     with pytest.raises(ConfigError, match=r"storage.runs_root: cannot be written: .*--no-snapshot"):

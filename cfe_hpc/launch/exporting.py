@@ -21,9 +21,8 @@ def export_command(spec: RunSpec, folder: RunFolder) -> list[str] | None:
     dtype = spec.job.checkpoint.export_epochs
     if dtype is None:
         return None
-    python = spec.provenance.batch_python
     words = ["checkpoints", "export", str(folder.path), "--epochs", "--dtype", dtype, "--json"]
-    return [python, "-m", "cfe_hpc", *words]
+    return [spec.provenance.batch_python, "-m", "cfe_hpc", *words]
 
 
 def export_script(spec: RunSpec, folder: RunFolder, *, log: Sequence[str]) -> str:
@@ -50,7 +49,18 @@ def export_script(spec: RunSpec, folder: RunFolder, *, log: Sequence[str]) -> st
     }
     directives = [f"#SBATCH --{key}={shlex.quote(_escaped(value))}" for key, value in options.items() if value]
     lines = ["#!/bin/bash", *directives, "#SBATCH --requeue", "#SBATCH --open-mode=append", *prologue(spec, folder)]
-    return "\n".join([*lines, 'cd -- "$CFE_RUN_DIR" || exit 1', f"exec {shlex.join(command)}", ""])
+    return "\n".join([*lines, 'cd -- "$CFE_RUN_DIR" || exit 1', f"exec {_in_container(spec, folder, command)}", ""])
+
+
+def _in_container(spec: RunSpec, folder: RunFolder, command: Sequence[str]) -> str:
+    """Shell words that run the command where the ranks' packages are."""
+    if spec.job.environment.container.kind == "none":
+        return shlex.join(command)
+    from cfe_hpc.launch.container import contained, srun_options  # late: few jobs have one
+
+    words = shlex.join([spec.provenance.python, *command[1:]])
+    asked = srun_options(spec, folder)
+    return f"srun{asked} {words}" if asked else contained(spec, folder, words)
 
 
 def _escaped(value: str) -> str:

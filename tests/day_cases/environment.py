@@ -148,6 +148,11 @@ def what_a_node_lacks_ends_the_run_in_one_line(stage: Stage) -> None:
         ({"container": {"kind": "apptainer", "image": image}}, f"environment.container.image: {image} is not there"),
     ]
     programs(stage, apptainer=APPTAINER)
+    # A second node that is another than the first.
+    elsewhere = f'#!/bin/sh\n[ "$SLURM_NODEID" != 1 ] || set -- -I -S "$@"\nexec {sys.executable} "$@"\n'
+    programs(stage, elsewhere=elsewhere)
+    other = {"python": str(stage.folder / "programs" / "elsewhere"), "variables": variables}
+    two = stage.submit("gpu", nodes=2, command=["true"], environment=other)
     runs = [submit(stage, "print('never')", {**environment, "variables": variables}) for environment, _ in lacking]
     for run, (_, words) in zip(runs, lacking, strict=True):
         reason = ended(run, "FAILED")["reason"]
@@ -155,6 +160,9 @@ def what_a_node_lacks_ends_the_run_in_one_line(stage: Stage) -> None:
         assert [event["cause"] for event in run.events("failed")] == ["configuration"]
         assert not run.events("started", "requeued")
         assert stage.status(run)["state"] == "FAILED"
+    reason, (failed, *_) = ended(two, "FAILED")["reason"], two.events("failed")
+    assert f"environment.python: lacks cfe_hpc, pydantic on {failed['host']}" in reason, two.diagnosis()
+    assert failed["cause"] == "configuration"
 
 
 CASES = [

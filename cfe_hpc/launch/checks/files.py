@@ -167,7 +167,9 @@ def python_missing(facts: Facts) -> Iterator[Problem]:
 
 
 def secret_in_job(facts: Facts) -> Iterator[Problem]:
-    tables = {"params": facts.job.params, "launch.environment": facts.job.launch.environment}
+    job = facts.job
+    tables = {"params": job.params, "launch.environment": job.launch.environment}
+    tables["environment.variables"] = job.environment.variables
     named = [(f"job.{table}.{key}", key, value) for table, values in tables.items() for key, value in values.items()]
     words = [("job.command", "", word) for word in facts.job.command or ()]
     for key, name, value in (*named, *words):
