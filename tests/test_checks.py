@@ -10,33 +10,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import h5py
 import pytest
+from check_examples import EXAMPLES, Stage, token_file, words_of
 
-from cfe_hpc.checkpoints.protocols import SoloGroup
-from cfe_hpc.checkpoints.store import Content, save
 from cfe_hpc.cli.main import main
 from cfe_hpc.config.checks import CHECKS
 from cfe_hpc.launch.checks.checking import LOOKS
-from cfe_hpc.runfolder import RunFolder
-from cfe_hpc.train.config import Params
-
-EXAMPLES = Path(__file__).resolve().parent / "checks"
-
-
-class Stage:
-    """A folder to check a job in, and what is to be undone afterwards."""
-
-    def __init__(self, here: Path, patch: pytest.MonkeyPatch, undo: ExitStack) -> None:
-        self.here, self.patch, self.undo = here, patch, undo
 
 
 def _no_cluster(folder: Path) -> None:
@@ -59,107 +42,6 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
         yield Stage(here, monkeypatch, undo)
 
 
-def _token_file(path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.create_dataset("tokens", data=b"x" * 10_000)
-
-
-def _damaged_data(stage: Stage) -> None:
-    path = stage.here / "tokens.h5"
-    _token_file(path)
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _data_elsewhere(stage: Stage) -> None:
-    _token_file(stage.here.parent / "elsewhere" / "tokens.h5")
-
-
-def _dirty_work_tree(stage: Stage) -> None:
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    (stage.here / "file").write_text("1")
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *words], check=True, timeout=30)
-    (stage.here / "file").write_text("2")
-
-
-def _full_disk(stage: Stage) -> None:
-    full = stage.here / "full"
-    full.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("a small disk can only be mounted by root")
-    stage.undo.callback(subprocess.run, ["umount", str(full)], check=True, timeout=30)
-
-
-def _open_port(stage: Stage) -> None:
-    listening = stage.undo.enter_context(socket.socket())
-    listening.bind(("", 0))
-    listening.listen()
-    job = stage.here / "port-taken.job.toml"
-    # Ports that the kernel gives are among those of connections going out: that is another check.
-    job.write_text(
-        job.read_text().replace("1234", str(listening.getsockname()[1])) + '[checks]\nignore = ["port-ephemeral"]\n'
-    )
-
-
-def _earlier_run(stage: Stage) -> None:
-    run = stage.here / "runs" / "j" / "j-20260101-000000-abcd"
-    run.mkdir(parents=True)
-    (run / "run.toml").write_text('[site]\nname = "checked"\n[plan]\npartition = "gpu"\n')
-    measured = {"step_p95_s": 10.0, "save_p95_s": 400.0, "blocked_p95_s": 1.0, "interruptions": 0, "trained_s": 3600.0}
-    (run / "result.json").write_text(json.dumps({"measured": measured}))
-
-
-def _saved_run(stage: Stage) -> None:
-    run = RunFolder(stage.here / "runs" / "j" / "j-20260101-000000-abcd")
-    run.checkpoints.mkdir(parents=True)
-    run.run_toml.write_text("")
-    saved = Content(layout={"facts": {**Params().facts(), "global_batch": 64, "layers": 8}})
-    save(run.checkpoints, saved, step=400, attempt=0, run_id=run.run_id, group=SoloGroup())
-
-
-def _lustre(stage: Stage) -> None:
-    """An `lfs` that answers as Lustre's does: nobody has Lustre on one machine."""
-    program = stage.here / "bin" / "lfs"
-    program.parent.mkdir()
-    answers = "-u) echo; echo '      900*       0    1000       -      12       0   50000       -';;"
-    none = "-g) echo '      900       0       0       -      12       0       0       -';;"
-    program.write_text(f'#!/bin/sh\nprintf %s "$5"\ncase $3 in {answers} {none} esac\n')
-    program.chmod(0o755)
-    stage.patch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-
-
-PREPARE: dict[str, Callable[[Stage], object]] = {
-    "data-damaged": _damaged_data,
-    "data-private": _data_elsewhere,
-    "git-dirty": _dirty_work_tree,
-    "disk-full": _full_disk,
-    "port-taken": _open_port,
-    "lead-short": _earlier_run,
-    "quota-left": _lustre,
-    "resume-shapes": _saved_run,
-    "runs-root": lambda stage: (stage.here / "file").write_text(""),
-    "gateway-password": lambda stage: stage.patch.setenv("CFE_PUSHGATEWAY_PASSWORD", "word"),
-    "remote-tier": lambda stage: stage.patch.setitem(sys.modules, "fsspec", None),
-    "metrics-package": lambda stage: stage.patch.setitem(sys.modules, "prometheus_client", None),
-    "remote-package": lambda stage: stage.patch.setitem(sys.modules, "adlfs", None),
-}
-
-
-def _words(stage: Stage, id_: str) -> list[str]:
-    """JOB and --site of an example, its files copied to where it is checked and what it needs prepared."""
-    names = [f"{id_}.job.toml", f"{id_}.site.toml" if (EXAMPLES / f"{id_}.site.toml").exists() else "good-site.toml"]
-    for name in names:
-        shutil.copy(EXAMPLES / name, stage.here)
-    if id_ in PREPARE:
-        PREPARE[id_](stage)
-    named = re.search(r"^# site: (.*)$", (EXAMPLES / names[0]).read_text(), re.MULTILINE)
-    return [names[0], "--site", named[1] if named else names[1]]
-
-
 def _expected(id_: str) -> str:
     """What is to be said of an example, as its first line has it."""
     return (EXAMPLES / f"{id_}.job.toml").read_text().splitlines()[0]
@@ -168,7 +50,7 @@ def _expected(id_: str) -> str:
 @pytest.mark.parametrize("id_", CHECKS)
 def test_the_example_of_a_check_fires_it_alone(id_: str, stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     severity = CHECKS[id_].severity
-    code = main(["check", *_words(stage, id_), "--json"])
+    code = main(["check", *words_of(stage, id_), "--json"])
     printed = capsys.readouterr()
     findings = json.loads(printed.out)["findings"]
     assert [(finding["id"], finding["severity"]) for finding in findings] == [(id_, severity)]
@@ -203,7 +85,7 @@ def test_a_good_job_is_good(stage: Stage, capsys: pytest.CaptureFixture[str]) ->
 def test_a_check_can_be_ignored_unless_nothing_could_be_sent(
     id_: str, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = _words(stage, id_)
+    words = words_of(stage, id_)
     code = main(["check", *words, "--json", "--ignore", id_])
     printed = capsys.readouterr()
     if CHECKS[id_].firm:
@@ -216,7 +98,7 @@ def test_a_check_can_be_ignored_unless_nothing_could_be_sent(
 
 
 def test_a_job_may_ignore_a_check_itself(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    job, *site = _words(stage, "no-checkpoints")
+    job, *site = words_of(stage, "no-checkpoints")
     with (stage.here / job).open("a") as file:
         file.write('\n[checks]\nignore = ["no-checkpoints"]\n')
     assert main(["check", job, *site, "--json"]) == 0
@@ -248,12 +130,12 @@ def test_what_cannot_be_ignored_is_told(
 def test_submit_refuses_what_would_fail_and_names_each_warning(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*_words(stage, "cost"), "--dry-run"]
+    words = [*words_of(stage, "cost"), "--dry-run"]
     assert main(["submit", *words]) == 4
     assert "resources.cost_max: one full attempt costs 400.00 EUR" in capsys.readouterr().err
     assert main(["submit", *words, "--ignore", "cost"]) == 0
     assert capsys.readouterr().err == ""
-    assert main(["submit", *_words(stage, "saves-never"), "--dry-run"]) == 0
+    assert main(["submit", *words_of(stage, "saves-never"), "--dry-run"]) == 0
     assert capsys.readouterr().err.endswith("lower it [saves-never]\n")
 
 
@@ -272,7 +154,7 @@ def test_the_document_has_a_row_for_each_check() -> None:
 def test_devices_without_bf16_are_known_by_their_names(
     gres: str, found: bool, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job, _, site = _words(stage, "bf16-hardware")
+    job, _, site = words_of(stage, "bf16-hardware")
     assert main(["check", job, "--site", site, "--set", f"site.hardware.h100.gres={gres}", "--json"]) == 0
     assert [finding["id"] for finding in json.loads(capsys.readouterr().out)["findings"]] == ["bf16-hardware"] * found
 
@@ -364,7 +246,7 @@ def test_a_variant_of_an_example(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [word for change in changes for word in ("--set", change)]
-    main(["check", *_words(stage, id_), *words, "--json"])
+    main(["check", *words_of(stage, id_), *words, "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
     if said is None:
         assert findings == []
@@ -380,18 +262,18 @@ def test_a_variant_of_an_example(
     [(b"no HDF5 at all", "is no HDF5 file"), (b"", "is no HDF5 file")],
 )
 def test_what_is_no_token_file(content: bytes, said: str, stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    words = _words(stage, "data-damaged")
+    words = words_of(stage, "data-damaged")
     (stage.here / "tokens.h5").write_bytes(content)
     assert main(["check", *words]) == 1
     assert f"params.data: {said} (tokens.h5)" in capsys.readouterr().out
-    _token_file(stage.here / "tokens.h5")
+    token_file(stage.here / "tokens.h5")
     assert main(["check", *words]) == 0
 
 
 def test_a_checkpoint_that_is_damaged_is_nothing_to_begin_with(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = _words(stage, "resume-shapes")
+    words = words_of(stage, "resume-shapes")
     (manifest,) = stage.here.glob("runs/j/*/checkpoints/*/manifest.json")
     manifest.write_text(manifest.read_text().replace("layers", "lairs"))
     assert main(["check", *words]) == 1
