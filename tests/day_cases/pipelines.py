@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -132,6 +133,25 @@ def a_sweep_in_a_chain_lets_it_go_on_when_its_last_task_is_mended(stage: Stage) 
     assert "sweep.json" in second.log("out")
 
 
+def what_follows_a_sweep_waits_for_the_successor_of_a_task(stage: Stage) -> None:
+    program = [sys.executable, "-c", UNTIL_TOLD]
+    sweep = {"name": "sweep", "command": program, "params": {"x": 0}, "sweep": {"axes": {"params.x": [0, 1]}}}
+    first, second = submit(stage, "spot-cancel", sweep, {"name": "end"})
+    tasks = [first.folder.task(number) for number in (0, 1)]
+    first.wait(lambda: all(list(task.logs.glob("*.0.0.out")) for task in tasks), 90, "up")
+    array = first.job_id
+    assert f"afterok:{array}_0(unfulfilled)" in stage.cluster.job(second.job_id)["Dependency"]
+    preemptor = stage.cluster.preempt(f"{array}_0")
+    successor = first.wait(lambda: tasks[0].promised("job-1"), 60, "followed by a successor")["job_id"]
+    dependency = stage.cluster.job(second.job_id)["Dependency"]
+    assert f"afterok:{successor}(unfulfilled)" in dependency and f"{array}_0" not in dependency
+    stage.cluster.scancel(preemptor)
+    stage.cfe("requeue", f"{first.run_id}.000001")
+    stage.cluster.wait_for_restart(f"{array}_1", 1)
+    stage.cluster.resume(f"{array}_1")
+    completed(second)
+
+
 CASES = [
     a_sweep_in_a_chain_lets_it_go_on_when_its_last_task_is_mended,
     a_chain_goes_on_behind_a_successor,
@@ -139,3 +159,5 @@ CASES = [
     a_failure_stops_what_follows_and_a_requeue_brings_it_back,
     cancelling_a_stage_cancels_what_follows,
 ]
+if os.environ.get("CFE_TEST_FULL"):
+    CASES.append(what_follows_a_sweep_waits_for_the_successor_of_a_task)
