@@ -103,6 +103,15 @@ def test_states_are_those_of_deepspeeds_estimators(stage: int, whole: int, share
     assert sum(found[name] for name in names) == pytest.approx(7e9 * (whole + shared / 64))
 
 
+@pytest.mark.parametrize(("stage", "shared"), [(2, 4 + 4 + 12), (3, 4 + 4 + 4 + 12)])
+def test_zero_in_fp32_steps_on_a_copy_of_its_gradients(stage: int, shared: int) -> None:
+    # Counted in real ranks: tests/benchmarks/bench_memory.py.
+    found = _bytes(_estimate(**OTHER, resources={"model_parameters": "7B"}, engine={"zero_stage": stage}))
+    names = ("weights", "gradients", "gradients in fp32", "optimizer")
+    whole = 4 if stage == 2 else 0
+    assert sum(found[name] for name in names) == pytest.approx(7e9 * (whole + shared / 64))
+
+
 def test_offloading_moves_states_to_the_node() -> None:
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     engine = {"zero_stage": 2, "precision": "bf16", "deepspeed": offload}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -356,3 +357,16 @@ def test_an_array_beyond_its_greatest_index_is_refused(place: Place) -> None:
     assert obstacle.limit == "MaxArraySize"
     with pytest.raises(AssertionError, match=obstacle.reason):
         place.cluster.sbatch("--array=0-1001", "--wrap", "true")
+
+
+def test_a_site_that_refuses_what_exceeds_its_partitions_is_taken_at_its_word(place: Place) -> None:
+    conf = place.cluster.root / "etc" / "slurm.conf"
+    conf.write_text(f"{conf.read_text(encoding='utf-8')}EnforcePartLimits=ALL\n", encoding="utf-8")
+    place.cluster.scontrol("reconfigure")
+    for name in ("vip", "vipq", "memcap"):  # it forgets partitions that are not in the file
+        place.cluster.scontrol("create", f"PartitionName={name}", "Nodes=n1,n2", *PARTITIONS[name].split())
+    for name in ("nodes", "time", "account-there", "qos-there", "memory-partition"):
+        loaded, verdict, predicted = place.predict(place.job(NEVER[name].resources))
+        assert (verdict.obstacles[0].limit, verdict.obstacles[0].refused) == (NEVER[name].limit, True)
+        with pytest.raises(SchedulerError, match=re.escape(predicted)):
+            place.send(loaded)

@@ -166,7 +166,8 @@ def _coefficients(engine: Engine) -> _Coefficients:
     return _Coefficients(
         weights=(width, stage == 3),
         gradients=(width, stage >= 2),
-        gradients_fp32=(0 if wide else 4, stage >= 1),
+        # Even of gradients that are in fp32 ZeRO makes a copy for the step.
+        gradients_fp32=(0 if wide and stage == 0 else 4, stage >= 1),
         # ZeRO keeps masters of its own even where the weights are fp32 themselves.
         optimizer=(8 if wide and stage == 0 else 12, stage >= 1),
     )

@@ -80,10 +80,21 @@ def _access(plan: Plan, facts: Facts, partition: PartitionFacts | None) -> Itera
             yield _pends(limit, f"{reason} to use this partition", what, remedy, facts, for_ever=True)
 
 
+# What sbatch says in place of squeue's reason, where EnforcePartLimits has it refuse such jobs.
+_ENFORCED = {
+    "PartitionNodeLimit": "Node count specification invalid",
+    "PartitionTimeLimit": "Requested time limit is invalid (missing or exceeds some limit)",
+    "MaxMemPerLimit": "Memory required by task is not available",
+    "Job's account not permitted to use this partition": "Invalid account or account/partition combination specified",
+    "Job's QOS not permitted to use this partition": "Invalid qos specification",
+}
+
+
 def _pends(limit: str, reason: str, what: str, remedy: str, facts: Facts | None = None, *, for_ever: bool) -> Obstacle:
     """Something that the job pends for; `facts` when it is of a partition, which a site may have refused instead."""
     refused = facts is not None and for_ever and facts.part_limits_refuse
-    return Obstacle(limit=limit, reason=reason, refused=refused, for_ever=for_ever, what=what, remedy=remedy)
+    said = _ENFORCED.get(reason, reason) if refused else reason
+    return Obstacle(limit=limit, reason=said, refused=refused, for_ever=for_ever, what=what, remedy=remedy)
 
 
 def _array(facts: Facts, tasks: int) -> Iterator[Obstacle]:
