@@ -234,4 +234,4 @@ def test_an_error_that_nobody_reported_is_looked_for_in_the_logs(
 def test_a_sweep_has_no_log_of_its_own(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.sweep_json.write_text("{}")
     assert main(["logs", str(folder.path)]) == 2
-    assert capsys.readouterr().err == f"error: {RUN_ID}: is a sweep; name one of its tasks, {RUN_ID}.000000\n"
+    assert capsys.readouterr().err == f"error: {RUN_ID}: is a sweep; name one of its tasks: {RUN_ID}.0\n"

@@ -47,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
     from cfe_hpc.reports.rank_logs import Follower
 
     folder = common.find_run(args)
-    if folder.is_sweep:
-        raise UsageError(f"{folder.run_id}: is a sweep; name one of its tasks, {folder.run_id}.000000")
     if args.first_error:
         return _first_error(folder, args)
     follower = Follower(folder, rank=args.rank, attempt=args.attempt)
