@@ -254,10 +254,11 @@ def test_logs_of_runs_that_stay_go(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_snapshot_goes_with_the_last_run_that_has_it(capsys: pytest.CaptureFixture[str]) -> None:
     root = Path("runs").absolute()
-    for name in ("used", "shared", "unused"):
+    for name in ("used", "shared", "unused", "written-to"):
         (root / ".snapshots" / name).mkdir(parents=True)
         (root / ".snapshots" / name / ".cfe-snapshot.json").write_text("{}")
     (root / ".snapshots" / "unused" / "link").symlink_to("/")
+    (root / ".snapshots" / "written-to" / "model.pt").touch()  # by a program, under a relative name
     for name, days in (("used", 1.0), ("shared", 60.0), ("shared", 1.0)):
         run = new_run(days=60)
         text = run.run_toml.read_text()
@@ -269,7 +270,7 @@ def test_a_snapshot_goes_with_the_last_run_that_has_it(capsys: pytest.CaptureFix
     found = plan(capsys, "--what", "snapshots")
     assert chosen(found) == {root / ".snapshots" / "unused"}
     call(capsys, found["plan"])
-    assert sorted(path.name for path in (root / ".snapshots").iterdir()) == ["shared", "used"]
+    assert sorted(path.name for path in (root / ".snapshots").iterdir()) == ["shared", "used", "written-to"]
     assert chosen(plan(capsys, "--what", "snapshots", "--what", "runs", "--older", "0s")) >= {
         root / ".snapshots" / "shared",
         root / ".snapshots" / "used",
