@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cfe_hpc.config.base import DurationS, NoTruth, SizeBytes, Strict
+from cfe_hpc.config.checks import CHECKS
 from cfe_hpc.config.node_environment import Environment
 from cfe_hpc.config.sweep import Sweep
 
@@ -261,6 +262,7 @@ class Checks(Strict):
         default_factory=list,
         description="ids of checks whose findings do not matter here",
         examples=['["git-dirty"]'],
+        json_schema_extra={"items": {"type": "string", "enum": [name for name, row in CHECKS.items() if not row.firm]}},
     )
 
 
