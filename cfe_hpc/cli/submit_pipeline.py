@@ -59,7 +59,7 @@ def _reused(args: argparse.Namespace) -> dict[str, RunFolder]:
         stage, equals, ref = text.partition("=")
         if not equals:
             raise UsageError(f"--reuse: {text}: is not STAGE=RUN; write for example data=demo-data-20260131")
-        found[stage] = common.find_run(args, ref)
+        found[stage] = common.find_run(args, ref, sweep=True)
     return found
 
 
