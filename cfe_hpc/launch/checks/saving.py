@@ -105,8 +105,8 @@ def best_unlogged(facts: Facts) -> Iterator[Problem]:
     if name not in _LOGGED:
         near = nearest(name, _LOGGED)
         hint = f"did you mean {near}? " if near else ""
-        what, remedy = "the training logs no such value: no checkpoint would be kept for it", hint
-        yield facts.problem("job.checkpoint.keep_best", what, f"{remedy}it logs: {', '.join(_LOGGED)}", best)
+        what = "the training logs no such value: no checkpoint would be kept for it"
+        yield facts.problem("job.checkpoint.keep_best", what, f"{hint}it logs: {', '.join(_LOGGED)}", best)
 
 
 def remote_package(facts: Facts) -> Iterator[Problem]:
@@ -150,12 +150,12 @@ def _resumed(facts: Facts) -> Manifest | str | None:
     run = origin_at(stated, workdir=facts.workdir, runs_root=facts.runs_root)
     if not run.run_toml.is_file():
         return f"there is no run in {run.path}"
-    why = "nothing is saved there yet"
+    why = ""
     for _, folder in folders.committed(run.checkpoints):
         try:
             return glance(folder, run.run_id)
         except CorruptCheckpoint as error:
-            why = f"none of its checkpoints can be used; the newest that was tried, {folder.name}: {error}"
+            why = why or f"none of its checkpoints can be used; the newest, {folder.name}: {error}"
         except CheckpointError:  # crc32c is not installed: ranks have it
             return None
-    return why
+    return why or "nothing is saved there yet"
