@@ -152,7 +152,7 @@ def _print_plan(choice: Choice, plan: CleaningPlan | None) -> None:
     from cfe_hpc.units import format_size
 
     for kind, items in grouped(choice.items).items():
-        print(f"{len(items)} {kind}, {format_size(sum(item.tree.size_bytes for item in items))}:")
+        print(f"{kind}: {len(items)}, {format_size(sum(item.tree.size_bytes for item in items))}")
         for item in sorted(items, key=lambda item: -item.tree.size_bytes)[:_SHOWN]:
             print(f"  {format_size(item.tree.size_bytes):>9}  {item.path}  ({item.why})")
         if len(items) > _SHOWN:
@@ -204,4 +204,4 @@ def _tell(args: argparse.Namespace, plan: CleaningPlan, stayed: dict[str, str]) 
         return
     for name, why in stayed.items():
         print(f"{name}: stays: {why}", file=sys.stderr)
-    print(f"removed {len(removed)} things, {format_size(size_bytes)}")
+    print(f"removed: {len(removed)}, {format_size(size_bytes)}")
