@@ -40,7 +40,7 @@ def script(tmp_path: Path) -> Path:
 
 def start(script: Path, pause_s: float, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(script), str(pause_s)],
+        [sys.executable, "-W", "error:Converting a tensor", str(script), str(pause_s)],
         cwd=script.parent,
         env={**os.environ, **env},
         stdout=subprocess.PIPE,

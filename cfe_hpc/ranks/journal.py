@@ -166,7 +166,9 @@ class Journal:
         """Keep values until the step ends. Tensors stay on their device: only logged steps wait for them."""
         if not self._speaks:
             return
-        self._pending.update(values)
+        # A loss that hangs on its graph would keep the activations of the whole step.
+        plain = {name: value.detach() if hasattr(value, "detach") else value for name, value in values.items()}
+        self._pending.update(plain)
         self._tokens += float(values.get("tokens", 0))
 
     def step_begins(self) -> None:
