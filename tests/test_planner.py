@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from cfe_hpc.cli.main import main
+from cfe_hpc.cli.planning import table
 from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.config.run import Plan
 from cfe_hpc.errors import ImpossibleError, SchedulerError
@@ -357,6 +358,25 @@ def test_check_as_json_has_memory_start_and_proposals(
     assert document["start"]["partition"] == document["plan"]["partition"] == "gpu"
     assert "command not found" in document["unasked"]
     assert [each["partition"] for each in document["proposals"]] == ["gpu", "fat", "spot"]
+
+
+def test_the_table_shows_prices_changes_and_reasons(job: Callable[..., Loaded]) -> None:
+    def backfill(planned: Plan) -> Answer:
+        late = planned.time_s is None or planned.time_s > 3600
+        return Answer(start_s=NOW_S + (40_000 if late else 0))
+
+    priced = {**SITE["partitions"]["gpu"], "cost_per_node_hour": 10.0}
+    partitions = {"gpu": priced, "fat": SITE["partitions"]["fat"], "test": SITE["partitions"]["test"]}
+    loaded = job(site={"partitions": partitions, "cost": {"currency": "EUR"}}, time="8h", devices_per_node=3)
+    found = proposals(loaded, facts=None, ask=backfill, now_s=NOW_S)
+    lines = table(Survey(proposals=tuple(found), unasked="", now_s=NOW_S), loaded)
+    assert lines[0].split() == ["partition", "nodes", "x", "devices", "time", "cost", "start"]
+    assert lines[1] == "gpu        2 x 3            1h    20.00 EUR   now, with --set resources.time=1h"
+    assert lines[2].startswith("gpu        2 x 3            8h    160.00 EUR  20")
+    assert lines[2].endswith(", in 11h7m (Resources)")
+    assert lines[3].endswith(", in 11h7m (Resources), with --set resources.time=4h")
+    assert lines[4].split() == ["fat", "never", "(PartitionTimeLimit)"]
+    assert lines[5].startswith("    MaxTime: longer than the 4h of partition fat (8h); ask for less")
 
 
 def test_submit_takes_the_best_by_the_profile_where_there_is_no_slurm_to_ask(

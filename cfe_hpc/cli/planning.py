@@ -34,12 +34,13 @@ def table(survey: Survey, loaded: Loaded) -> list[str]:
 
     rows = [("partition", "nodes x devices", "time", "cost", "start")]
     for proposal in survey.proposals:
-        shown = _shape(proposal)
-        rows.append((proposal.partition, *shown, price_text(proposal, loaded), start_text(proposal, survey)))
+        start = start_text(proposal, survey)
         if proposal.changes:
-            rows[-1] = (*rows[-1][:4], f"{rows[-1][4]}, with {job_changes(proposal.changes)}")
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
+            start += f", with {job_changes(proposal.changes)}"
+        rows.append((proposal.partition, *_shape(proposal), price_text(proposal, loaded), start))
+    shown = [column for column in range(4) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in shown}
+    lines = ["  ".join([*(row[column].ljust(widths[column]) for column in shown), row[4]]) for row in rows]
     for index, proposal in reversed(list(enumerate(survey.proposals))):
         lines[index + 2 : index + 2] = [f"    {obstacle}" for obstacle in proposal.obstacles]
     return lines
