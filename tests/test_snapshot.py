@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cfe_hpc.cli.packing import packing
+from cfe_hpc.cli.packing import packing, tell_left_out
 from cfe_hpc.config.load import Loaded, load
 from cfe_hpc.errors import ConfigError
 from cfe_hpc.launch.interpreter import import_roots
@@ -133,6 +133,21 @@ def test_what_is_no_work_tree_or_not_wanted_has_none(tree: Tree, tmp_path: Path)
     assert take(tree.job('snapshot.mode="off"'), WorkTree(tree.top), tree.runs) is None
     assert take(tree.job(), WorkTree(tmp_path), tree.runs) is None
     assert not tree.runs.exists()
+
+
+def test_a_work_tree_that_git_does_not_list_is_told_of(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree.top / ".git" / "index").write_text("no index\n")
+    work_tree = WorkTree(tree.top)
+    assert take(tree.job(), work_tree, tree.runs) is None
+    tell_left_out(None, work_tree, wanted=True)
+    assert "warning: no snapshot of the code, which stays as it is by then: fatal: " in capsys.readouterr().err
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert str(WorkTree(tree.top).unlisted).startswith("git trusts no folder that somebody else owns; git config --gl")
+    tell_left_out(None, work_tree, wanted=False)
+    tell_left_out(None, WorkTree(tree.runs.parent), wanted=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_too_much_is_refused_by_name(tree: Tree) -> None:

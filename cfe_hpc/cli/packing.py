@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cfe_hpc.cli.progress import bar
 
 if TYPE_CHECKING:
+    from cfe_hpc.launch.provenance import WorkTree
     from cfe_hpc.launch.snapshot import Packed
 
 __all__ = ["packing", "tell_left_out"]
@@ -38,8 +39,11 @@ def packing() -> Iterator[Callable[[int, int], None]]:
         yield told
 
 
-def tell_left_out(packed: Packed | None) -> None:
-    """Say on standard error which tracked files are in no snapshot, since they look like secrets."""
+def tell_left_out(packed: Packed | None, work_tree: WorkTree, *, wanted: bool) -> None:
+    """Say on standard error that a work tree has no snapshot though one is `wanted`, or which tracked files are in
+    none, since they look like secrets."""
+    if wanted and work_tree.unlisted is not None:
+        print(f"warning: no snapshot of the code, which stays as it is by then: {work_tree.unlisted}", file=sys.stderr)
     if packed is None or not packed.secrets:
         return
     more = len(packed.secrets) - _MOST_SHOWN

@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     after = [common.find_run(args, ref, sweep=True) for ref in args.after]
     with packing() as told:
         submitted = submit(loaded, planned, work_tree, after=after, told=told)
-    tell_left_out(submitted.packed)
+    tell_left_out(submitted.packed, work_tree, wanted=loaded.job.snapshot.mode == "auto")
     if loaded.job.sweep is not None:
         from cfe_hpc.cli import submit_sweep
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, work_tree: WorkTree) -> int:
     with packing() as told:
         sent = submit_pipeline(stages, work_tree, after=after, reused=reused, told=told)
     for each in sent:
-        tell_left_out(each.packed)
+        tell_left_out(each.packed, work_tree, wanted=each is sent[0] and each.spec.job.snapshot.mode == "auto")
     if args.json:
         rows = [(each.folder, each.job_id) for each in sent]
         common.print_json(_document(stages, rows))

@@ -52,6 +52,7 @@ class WorkTree:
         self._head: list[str] = []
         self._diff: str | None = None
         self._listing: Listing | None = None
+        self._unlisted: str | None = None
         self._thread = threading.Thread(target=self._ask, name="git", daemon=True)
         self._thread.start()
 
@@ -77,40 +78,47 @@ class WorkTree:
         self._thread.join()
         return self._listing
 
+    @property
+    def unlisted(self) -> str | None:
+        """Why there is no `listing` of a work tree that is there; None when there is one, or no work tree."""
+        self._thread.join()
+        return self._unlisted
+
     def again(self) -> WorkTree:
         """The same folder, asked anew."""
         return WorkTree(self._folder)
 
     def _ask(self) -> None:
         # Before the first commit it prints the folder, and then fails.
-        said = _git(self._folder, "rev-parse", "--show-toplevel", "HEAD", whatever=True)
-        head = [] if said is None else said.splitlines()
+        said, refused = _git(self._folder, "rev-parse", "--show-toplevel", "HEAD")
+        head = said.splitlines()
         if not head or not os.path.isabs(head[0]):
+            if "safe.directory" in refused:  # git names the command that mends it in its last line
+                self._unlisted = f"git trusts no folder that somebody else owns; {refused.splitlines()[-1].strip()}"
             return
         self._head = [line for line in head if line != "HEAD"]
         top = Path(head[0])
-        staged = _git(top, "ls-files", "--stage", "-z")
+        staged, refused = _git(top, "ls-files", "--stage", "-z")
         # Of what is ignored nothing is asked: that may be a million files.
-        status = _git(top, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
-        if staged is not None and status is not None:
-            self._listing = _listing(top, staged, status)
-        if self._listing is not None and self._listing.changed:
+        status, failed = _git(top, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
+        if refused or failed:
+            self._unlisted = (refused or failed).splitlines()[-1].strip()
+            return
+        self._listing = _listing(top, staged, status)
+        if self._listing.changed:
             # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
-            self._diff = _git(top, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
+            self._diff, _ = _git(top, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
-def _git(folder: Path, *words: str, whatever: bool = False) -> str | None:
-    """What git prints; None when it fails, is not there, or takes too long.
-
-    Args:
-        whatever: what it has printed counts though it failed.
-    """
+def _git(folder: Path, *words: str) -> tuple[str, str]:
+    """What git prints, and why it has failed: nothing unless it has, or is not there, or takes too long."""
     try:
         # It takes no lock: somebody may be at work in the folder.
         argv = ["git", "--no-optional-locks", "-C", str(folder), *words]
-        return run(argv, timeout_s=_GIT_TIMEOUT_S, check=not whatever).stdout
-    except CommandError:
-        return None
+        done = run(argv, timeout_s=_GIT_TIMEOUT_S, check=False)
+    except CommandError as error:
+        return "", str(error)
+    return done.stdout, "" if done.returncode == 0 else done.stderr.strip() or f"git: status {done.returncode}"
 
 
 def _listing(top: Path, staged: str, status: str) -> Listing:
