@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,15 @@ def test_a_database_that_is_away_costs_its_facts_alone(fakes: Path) -> None:
     found = read_facts()
     assert (found.qos, found.allowed_qos, found.default_account) == ({}, {}, "root")
     assert found.accounts["tiny"][1].group_max["node"].limit == 1
+
+
+def test_a_site_that_hides_what_others_use_hides_ones_default_account(facts: Facts, job: Callable[..., Loaded]) -> None:
+    hidden = replace(facts, accounts={}, default_account=None)
+    limits = [each.limit for each in obstacles(_planned(job(cpus_per_device=1)), hidden, now_s=NOW_S)]
+    assert "account" not in limits
+    known = replace(facts, default_account=None)
+    [first, *_] = obstacles(_planned(job(cpus_per_device=1)), known, now_s=NOW_S)
+    assert first.what == "you have no default account"
 
 
 def test_words_of_another_slurm_are_an_error_that_says_so(fakes: Path) -> None:

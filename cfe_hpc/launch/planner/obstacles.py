@@ -53,15 +53,7 @@ def _access(plan: Plan, facts: Facts, partition: PartitionFacts | None) -> Itera
     """Who may submit there, and as what."""
     account, qos = account_of(plan, facts), qos_of(plan, facts)
     if facts.enforced and facts.allowed_qos:
-        accounts = ", ".join(sorted(facts.allowed_qos))
-        if account is None or account not in facts.allowed_qos:
-            what = "you have no default account" if account is None else f"you are not in account {account}"
-            reason = "Invalid account or account/partition combination specified"
-            yield _refused("account", reason, what, f"set resources.account to one of: {accounts}")
-        elif qos not in facts.allowed_qos[account]:
-            names = ", ".join(sorted(facts.allowed_qos[account]))
-            what = f"account {account} may not use QOS {qos}"
-            yield _refused("QOS", "Invalid qos specification", what, f"set resources.qos to one of: {names}")
+        yield from _membership(account, qos, facts)
     if partition is None:
         return
     if partition.state in ("INACTIVE", "DRAIN"):
@@ -78,6 +70,21 @@ def _access(plan: Plan, facts: Facts, partition: PartitionFacts | None) -> Itera
             what = f"partition {partition.name} is not for {limit} {name}"
             remedy = f"set resources.{limit.lower()} to one of: {', '.join(sorted(allowed))}" if allowed else "choose"
             yield _pends(limit, f"{reason} to use this partition", what, remedy, facts, for_ever=True)
+
+
+def _membership(account: str | None, qos: str, facts: Facts) -> Iterator[Obstacle]:
+    accounts = ", ".join(sorted(facts.allowed_qos))
+    remedy = f"set resources.account to one of: {accounts}"
+    reason = "Invalid account or account/partition combination specified"
+    if account is None:
+        if facts.accounts:  # otherwise nobody says which one is the default
+            yield _refused("account", reason, "you have no default account", remedy)
+    elif account not in facts.allowed_qos:
+        yield _refused("account", reason, f"you are not in account {account}", remedy)
+    elif qos not in facts.allowed_qos[account]:
+        names = ", ".join(sorted(facts.allowed_qos[account]))
+        what = f"account {account} may not use QOS {qos}"
+        yield _refused("QOS", "Invalid qos specification", what, f"set resources.qos to one of: {names}")
 
 
 # What sbatch says in place of squeue's reason, where EnforcePartLimits has it refuse such jobs.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cfe_hpc.errors import SchedulerError
@@ -52,13 +52,13 @@ def read_facts() -> Facts:
         questions["usage"] = ("scontrol", "show", "assoc_mgr", f"users={user}", "flags=assoc,qos", "-o")
         databases["qos"] = ("sacctmgr", "-nP", "show", "qos", f"format={_QOS_FIELDS}")
         databases["associations"] = (
-            *("sacctmgr", "-nP", "show", "assoc", f"user={user}"),
+            *("sacctmgr", "-nP", "show", "assoc", f"user={user}", f"cluster={_config(config).get('ClusterName', '')}"),
             f"format={_ASSOCIATION_FIELDS}",
         )
     # The controller gets one question after the other; the database is slow, and asked beside it.
     with ThreadPoolExecutor(2) as pool:
         slow = {name: pool.submit(_ask, *argv, optional=True) for name, argv in databases.items()}
-        texts = {"config": config, **{name: _ask(*argv) for name, argv in questions.items()}}
+        texts = {"config": config, **{name: _ask(*argv, optional=name == "usage") for name, argv in questions.items()}}
         texts |= {name: future.result() for name, future in slow.items()}
     try:
         return parse_facts(texts)
@@ -70,7 +70,8 @@ def _ask(*argv: str, optional: bool = False) -> str:
     try:
         return run(argv, timeout_s=_TIMEOUT_S).stdout
     except CommandError as error:
-        # The database may be away while the controller is not: it goes on by what it remembers, and so do we.
+        # The database may be away while the controller is not: it goes on by what it remembers, and so do we. And
+        # some sites keep to themselves what others use.
         if optional:
             return ""
         raise SchedulerError(f"{error}; ask from a machine that has Slurm's commands, when `sinfo` works") from error
@@ -101,10 +102,18 @@ def parse_facts(texts: Mapping[str, str]) -> Facts:
         qos={limits.owner.partition(" ")[2]: limits for limits in _qos(texts.get("qos", ""), usage)},
         default_account=_default_account(usage),
         default_qos={account: qos for account, partition, qos, _ in associations if qos and not partition},
-        allowed_qos={account: frozenset(names.split(",")) for account, _, _, names in associations},
+        allowed_qos=_allowed_qos(associations),
         accounts=_accounts(usage),
         reservations=tuple(_reservations(texts.get("reservations", ""))),
     )
+
+
+def _allowed_qos(associations: Iterable[Sequence[str]]) -> dict[str, frozenset[str]]:
+    """By account; one may have an association for each partition, too."""
+    found: dict[str, frozenset[str]] = {}
+    for account, _, _, names in associations:
+        found[account] = found.get(account, frozenset()).union(names.split(","))
+    return found
 
 
 def _enforced(config: str) -> bool:
