@@ -323,6 +323,18 @@ def test_a_maintenance_is_waited_for_and_a_shorter_job_is_not(place: Place) -> N
         place.cluster.scontrol("delete", "ReservationName=maint")
 
 
+def test_nodes_that_are_away_are_waited_for(place: Place) -> None:
+    place.cluster.scontrol("update", "NodeName=n1,n2", "State=DRAIN", "Reason=tried")
+    try:
+        loaded, verdict, predicted = place.predict(place.job({"nodes": 4}))
+        assert (verdict.obstacles[0].limit, verdict.possible, verdict.start_s) == ("nodes", True, None)
+        with place.pending(loaded) as job_id:
+            place.settles(lambda: place.reason(job_id) == predicted)
+            assert place.reason(job_id) == predicted
+    finally:
+        place.cluster.scontrol("update", "NodeName=n1,n2", "State=RESUME")
+
+
 def test_what_one_has_in_use_counts(place: Place) -> None:
     place.cluster.run(
         "sacctmgr",

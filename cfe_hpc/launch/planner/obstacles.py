@@ -19,6 +19,7 @@ from cfe_hpc.units import format_duration, format_size
 __all__ = ["obstacles"]
 
 _NOT_AVAILABLE = "Requested node configuration is not available"
+_NODES_AWAY = "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions"
 
 
 def obstacles(plan: Plan, facts: Facts, *, now_s: float, tasks: int = 1) -> list[Obstacle]:
@@ -149,7 +150,7 @@ def _nodes(plan: Plan, partition: PartitionFacts, facts: Facts) -> Iterator[Obst
     usable = sum(shape.nodes for shape in fitting if shape.usable)
     if usable < wanted <= there:
         what = f"{usable} of {there} nodes are up"
-        yield _pends("nodes", "ReqNodeNotAvail", what, "wait for the site, or ask for fewer nodes", for_ever=False)
+        yield _pends("nodes", _NODES_AWAY, what, "wait for the site, or ask for fewer nodes", for_ever=False)
 
 
 def _has_features(words: Sequence[str]) -> Callable[[Shape], bool]:
