@@ -98,16 +98,15 @@ class WorkTree:
             return
         self._head = [line for line in head if line != "HEAD"]
         top = Path(head[0])
-        staged, refused = _git(top, "ls-files", "--stage", "-z")
         # Of what is ignored nothing is asked: that may be a million files.
-        status, failed = _git(top, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
-        if refused or failed:
-            self._unlisted = (refused or failed).splitlines()[-1].strip()
+        wanted = ("--stage", "--modified", "--deleted", "--others", "--exclude-standard")
+        listed, refused = _git(top, "ls-files", "-t", "-z", *wanted)
+        if refused:
+            self._unlisted = refused.splitlines()[-1].strip()
             return
-        self._listing = _listing(top, staged, status)
-        if self._listing.changed:
-            # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
-            self._diff, _ = _git(top, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
+        self._listing = _listing(top, listed)
+        # No textconv, external diff or colour: the hash must be the same for all who look at the same tree.
+        self._diff, _ = _git(top, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 def _git(folder: Path, *words: str) -> tuple[str, str]:
@@ -121,17 +120,22 @@ def _git(folder: Path, *words: str) -> tuple[str, str]:
     return done.stdout, "" if done.returncode == 0 else done.stderr.strip() or f"git: status {done.returncode}"
 
 
-def _listing(top: Path, staged: str, status: str) -> Listing:
-    """The files from what `ls-files --stage -z` and `status --porcelain=v1 -z` have printed."""
+def _listing(top: Path, listed: str) -> Listing:
+    """The files from what `ls-files -t -z --stage …` has printed: a letter, git's facts, a tab and the path; of files
+    that it does not track a question mark and the path."""
     tracked: dict[str, tuple[str, str]] = {}
-    for line in filter(None, staged.split("\0")):
-        facts, _, path = line.partition("\t")
+    changed, untracked = set[str](), list[str]()
+    for entry in filter(None, listed.split("\0")):
+        letter, rest = entry[0], entry[2:]
+        if letter == "?":
+            untracked.append(rest)
+            continue
+        facts, _, path = rest.partition("\t")
         mode, blob, _stage = facts.split(" ")
         tracked[path] = (mode, blob)
-    entries = [(entry[:2], entry[3:]) for entry in status.split("\0") if entry]
-    untracked = tuple(path for word, path in entries if word == "??")
-    changed = frozenset(path for word, path in entries if word != "??")
-    return Listing(top=top, tracked=tracked, changed=changed, untracked=untracked)
+        if letter in "CRM":  # edited, gone, or being merged
+            changed.add(path)
+    return Listing(top=top, tracked=tracked, changed=frozenset(changed), untracked=tuple(untracked))
 
 
 def provenance(loaded: Loaded, work_tree: WorkTree, *, snapshot: Path | None = None) -> Provenance:

@@ -82,7 +82,7 @@ def cases(folder: Path) -> dict[str, tuple[Sequence[str], str | None, float | No
         "ten lines of submitit": ([*python, "ten.py"], None, None),
         "cfe-hpc submit": (submit, "ten lines of submitit", 2.0),
         "cfe-hpc submit --dry-run": ([*submit, "--dry-run"], "ten lines of submitit", None),
-        IN_TREE: (submit, "ten lines of submitit", 2.0),
+        IN_TREE: (submit, "cfe-hpc submit", 1.25),
     }
 
 
