@@ -22,8 +22,16 @@ __all__ = ["data", "submit"]
 
 
 def writers(run: LiveRun) -> list[int]:
-    """Process ids of the writers of all ranks."""
-    return [writer for rank in children(supervisor_of(run)) for writer in children(rank)]
+    """Process ids of the writers of all ranks. Before there are ranks, the run's script verifies their environment."""
+    found = [child for rank in children(supervisor_of(run)) for child in children(rank)]
+    return [child for child in found if b"checkpoints.beside.writer" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
 
 
 def with_stopped_writer(submit: Submit, **tables: Any) -> tuple[LiveRun, int]:
