@@ -245,7 +245,7 @@ def test_distances_are_those_of_the_numbers(dtype: torch.dtype) -> None:
         (["export", "{run}", "{tmp}/x", "--weights"], 1, "2 objects hold weights (counter, model); name one"),
         (["export", "{run}", "{tmp}/x", "--object", "ema"], 1, "ema is no tracked object with weights"),
         (["export", "{run}", "{tmp}/x", "--max-shard-size", "huge"], 2, "--max-shard-size: huge"),
-        (["export", "{run}", "{tmp}/x", "--dtype", "int4"], 2, "invalid choice"),
+        (["export", "{run}", "{tmp}/x", "--dtype", "int4"], 2, "no such choice"),
         (["diff", "{run}"], 2, "which two checkpoints? give --step A B, or a second run"),
         (["diff", "{run}", "--step", "1", "9"], 2, "no checkpoint of step 9"),
         (["diff", "{run}", "--step", "1", "2", "3"], 2, "3 steps were given"),

@@ -152,7 +152,7 @@ def test_a_rank_that_registers_late_gets_what_came_before(wrap: Wrap, tmp_path: 
 
 
 def test_a_shell_in_between_is_passed_over(wrap: Wrap, tmp_path: Path) -> None:
-    script = 'export LOCAL_RANK=0; "$@"; echo the shell goes on'
+    script = 'export LOCAL_RANK=0; "$@"; sleep 0.2; echo the shell goes on'
     wrapped = wrap("program", "sh", "-c", script, "sh", *rank_words(tmp_path))
     wrapped.up(0)
     for number in (signal.SIGTERM, signal.SIGUSR2):

@@ -27,7 +27,7 @@ def die_with_parent() -> None:
 class Child:
     """A program, and the stop signals that came for it: each is handed on once, to the ranks that have registered.
 
-    As long as none has, the program itself gets them, unless it is a launcher: that is started with stop signals
+    What none has heard the program itself gets, unless it is a launcher: that is started with stop signals
     blocked, and what it starts inherits them so, until it can hear them.
 
     Attributes:
@@ -67,10 +67,11 @@ class Child:
                 self._hand_on()
 
     def _hand_on(self) -> None:
-        if self._process is None or self.roster.tell(self.seen) or self._launcher:
+        heard = self.roster.tell(self.seen)
+        if self._process is None or self._launcher:
             return
         for name in self.seen:
-            if name not in self._told:
+            if name not in self._told and name not in heard:
                 self._told.add(name)
                 self._process.send_signal(signal.Signals[name])
 

@@ -77,16 +77,21 @@ class Roster:
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self._read_bytes = 0
         self._members: dict[str, _Member] = {}
+        self._heard: set[str] = set()
 
-    def tell(self, names: Iterable[str]) -> bool:
-        """Send each signal once to each registered process; whether any of them runs."""
+    def tell(self, names: Iterable[str]) -> set[str]:
+        """Send each signal once to each registered process that runs; the names of all that one has ever been sent.
+
+        A process may end of it at once: who heard a signal has heard it all the same.
+        """
         self._refresh()
         for member in self._members.values():
             for name in names:
-                if name not in member.told:
+                if name not in member.told and member.alive():
                     member.told.add(name)
+                    self._heard.add(name)
                     member.send(signal.Signals[name])
-        return any(member.alive() for member in self._members.values())
+        return self._heard
 
     def living(self) -> int:
         """How many of the registered processes run."""
