@@ -108,8 +108,8 @@ def _wait_until_ready(gateway: Pushgateway) -> None:
 # The real-Slurm tests: skipped where they cannot run, but never in CI; counted; explained when they fail.
 
 
-_WITH_THE_REST = {"test_day_slurm.py"}
-"""Files that need Slurm, on a cluster of their own, and go to the worker that is done sooner."""
+_WITH_THE_REST = {"test_day_slurm.py", "test_planner_slurm.py", "test_stops_slurm.py"}
+"""Files that need Slurm, on clusters of their own, and go to the worker that is done sooner."""
 
 
 @functools.cache

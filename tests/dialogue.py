@@ -20,7 +20,9 @@ from pexpect.fdpexpect import fdspawn
 
 TIMEOUT_S = 60.0
 
-_SETSID = shutil.which("setsid") or "setsid"  # the program's own PATH may be short of everything
+# The program's own PATH may be short of everything.
+_SETSID = shutil.which("setsid") or "setsid"
+_ENV = shutil.which("env") or "env"
 
 
 class Dialogue(fdspawn):
@@ -45,8 +47,9 @@ def talking(argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], columns: 
     """A program in a terminal, killed at the end of the body at the latest."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    # Not by forking here: pytest's process has threads.
-    process = subprocess.Popen([_SETSID, "--ctty", *argv], cwd=cwd, env=dict(env), stdin=its, stdout=its, stderr=its)
+    # Not by forking here: pytest's process has threads. Ctrl-C is ignored where the suite runs in the background.
+    hearing = [_SETSID, "--ctty", _ENV, "--default-signal=INT", *argv]
+    process = subprocess.Popen(hearing, cwd=cwd, env=dict(env), stdin=its, stdout=its, stderr=its)
     os.close(its)
     child = Dialogue(process, ours)
     try:
