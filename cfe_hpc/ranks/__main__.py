@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cfe_hpc.checkpoints.protocols import SoloGroup
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CfeError
-from cfe_hpc.ranks import signals
+from cfe_hpc.ranks import loading, signals
 from cfe_hpc.ranks.env import RankFacts, read_facts
 from cfe_hpc.ranks.inquest import examine
 from cfe_hpc.ranks.preflight import leave_avoided
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(folder, facts.attempt, facts.rank, error)
             return error.exit_code
     signals.install()
+    loading.begins()
     return _run_entry(folder, spec, facts)
 
 

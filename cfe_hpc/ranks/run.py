@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import CorruptCheckpoint
 from cfe_hpc.metrics.exporter import build as build_exporter
-from cfe_hpc.ranks import signals, timer
+from cfe_hpc.ranks import loading, signals, timer
 from cfe_hpc.ranks.agreement import Agreement
 from cfe_hpc.ranks.alone import alone_folder, next_attempt
 from cfe_hpc.ranks.bootstrap import Place, bootstrap
@@ -164,11 +164,11 @@ class Run:
         self._journal.started(total, preflight=None if self._preflight is None else self._preflight.facts())
         facts, plan = self._place.facts, self.spec.plan
         if facts.num_nodes < plan.nodes:
-            detail = {"nodes": facts.num_nodes, "of": plan.nodes}
-            self._journal.event("degraded", reason="fewer_nodes", detail=detail)
+            self._journal.event("degraded", reason="fewer_nodes", detail={"nodes": facts.num_nodes, "of": plan.nodes})
         with self._holding():
             self._done = self._keeper.restore(imported_step)
         self._roll_backs.begin(self._done, self._keeper.objects)
+        loading.ends()
         bits = self._agreement.reach().stop_bits
         if bits:
             self._stop(bits, self._done)
