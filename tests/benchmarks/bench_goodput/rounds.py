@@ -56,9 +56,8 @@ def disturb(
         deadline_s = time.monotonic() + seconds
         while time.monotonic() < deadline_s and cluster.state(job_id) not in ENDED:
             time.sleep(min(0.5, max(0.0, deadline_s - time.monotonic())))
-        if cluster.state(job_id) in ENDED:
+        if cluster.state(job_id) in ENDED or not _preempt(cluster, job_id):
             break
-        cluster.preempt_once(job_id, timeout_s=_PREEMPTION_S)
     cluster.wait_for_end(job_id, timeout_s=600)
     finished = folder / "finished"
     lines = list(read_ndjson(folder / "steps.ndjson"))
@@ -70,6 +69,22 @@ def disturb(
         starts_s=[line["began_s"] - line["process_s"] for line in lines if line.get("restarts")],
         commits_s=_commits_s(folder) if way == OURS else [],
     )
+
+
+def _preempt(cluster: Cluster, job_id: str) -> bool:
+    """Preempt the job and let it run again; False when it has ended by itself meanwhile, in its grace at the latest."""
+    before, preemptor = cluster.restarts(job_id), cluster.preempt(job_id)
+    cluster.wait_for(
+        lambda: cluster.restarts(job_id) > before or cluster.state(job_id) in ENDED,
+        _PREEMPTION_S,
+        f"job {job_id} requeued or ended",
+    )
+    cluster.scancel(preemptor)
+    cluster.wait_for_end(preemptor)
+    if cluster.state(job_id) in ENDED:
+        return False
+    cluster.resume(job_id)
+    return True
 
 
 def _allocations(cluster: Cluster, job_id: str) -> list[tuple[float, float]]:
