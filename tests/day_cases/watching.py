@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from spine.harness import cfe
+from spine.harness import cfe, site_file
 from spine.stage import STEPS, Stage, ended
 from terminal import Terminal
 
@@ -19,7 +19,8 @@ SELDOM = {"every_steps": 100_000}
 
 
 def one_question_about_all_runs(stage: Stage) -> None:
-    runs = [stage.submit("spot", params=LONG, words=("--set", "resources.time=12h")) for _ in range(3)]
+    site = site_file(stage.folder, slurm={"poll_interval": "60s"})  # longer than two looks take on a busy machine
+    runs = [stage.submit("spot", site=site, params=LONG, words=("--set", "resources.time=12h")) for _ in range(3)]
     programs, calls = stage.folder / "bin", stage.folder / "calls"
     programs.mkdir()
     (programs / "squeue").write_text(f'#!/bin/sh\necho call >> {calls}\nexec {shutil.which("squeue")} "$@"\n')
