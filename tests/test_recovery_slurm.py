@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from importlib import import_module
-from pathlib import Path
-from pkgutil import iter_modules
 
 import pytest
-from spine.stage import Stage, on_one_cluster
+from spine.cases import cases_of, outcomes_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-AT_A_TIME = 4
-
-FOLDER = Path(__file__).resolve().parent / "recovery_cases"
-CASES: dict[str, Callable[[Stage], None]] = {
-    f"{module.name}.{case.__name__}": case
-    for module in iter_modules([str(FOLDER)])
-    for case in import_module(f"recovery_cases.{module.name}").CASES
-}
+CASES = cases_of("recovery_cases")
 
 
 @pytest.fixture(scope="module")
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
-    """The outcome of each case that was chosen, by its name; all of them begin with the first one asked for."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    chosen = [str(item.callspec.params["name"]) for item in items if item.module is request.module]
-    cases = {name: CASES[name] for name in chosen}
-    nodes = str(2 * AT_A_TIME + 2)
-    with on_one_cluster(cases, tmp_path_factory.mktemp("recovery"), "--nodes", nodes, at_a_time=AT_A_TIME) as found:
-        yield found
+    """The outcome of each case that was chosen, by its name."""
+    yield from outcomes_of(CASES, request, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", CASES)
