@@ -12,7 +12,7 @@ from cfe_hpc.config.node_environment import expand_path, mount_parts
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import ConfigError, Problem
 from cfe_hpc.launch.interpreter import environment_folder
-from cfe_hpc.launch.refusing import unless
+from cfe_hpc.launch.refusing import stated_in, unless
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["contained", "container_checks", "srun_options"]
@@ -37,7 +37,7 @@ def container_checks(spec: RunSpec) -> list[str]:
     kind = spec.job.environment.container.kind
     if kind == "none":
         return []
-    file = _file(spec, "kind")
+    file = stated_in(spec, "container.kind")
     if kind == "pyxis" and spec.site.scheduler != "slurm":
         remedy = 'use "enroot" or "apptainer" there'
         what = "is a plugin of Slurm's, and this site has none"
@@ -50,7 +50,7 @@ def container_checks(spec: RunSpec) -> list[str]:
     lines = [unless(there, f"{file}: environment.container.kind: there is no {kind} on", f"ask your site for {kind}")]
     image = _image(spec)
     if image.startswith(("/", ".")):
-        what = f"{_file(spec, 'image')}: environment.container.image: {image} is not there on"
+        what = f"{stated_in(spec, 'container.image')}: environment.container.image: {image} is not there on"
         lines.append(unless(f"[ -e {shlex.quote(image)} ]", what, "name one that every node sees"))
     return lines
 
@@ -91,7 +91,8 @@ def _enroot_flags(flags: str) -> str:
 def _image(spec: RunSpec) -> str:
     container = spec.job.environment.container
     assert container.image is not None  # environment_problems asks for one
-    image = expand_path(container.image, os.environ, file=_file(spec, "image"), key="environment.container.image")
+    file = stated_in(spec, "container.image")
+    image = expand_path(container.image, os.environ, file=file, key="environment.container.image")
     return str(Path(image).absolute()) if image.startswith(".") else image
 
 
@@ -101,7 +102,7 @@ def _mounts(spec: RunSpec, folder: RunFolder) -> list[tuple[str, str, str]]:
     Raises:
         ConfigError: one's path holds what separates the parts of a mount.
     """
-    provenance, file = spec.provenance, _file(spec, "mounts")
+    provenance, file = spec.provenance, stated_in(spec, "container.mounts")
     runs_root = str(folder.top.path.parent.parent)
     found = environment_folder(spec)
     environment = "" if found is None else str(found[1])
@@ -125,8 +126,3 @@ def _package() -> str:
     """The folder that cfe_hpc is imported from, where that is a checkout; "" where the image has its own."""
     parent = Path(cfe_hpc.__file__).resolve().parent.parent
     return "" if "site-packages" in parent.parts else str(parent)
-
-
-def _file(spec: RunSpec, key: str) -> str:
-    origin = spec.origins.get(f"job.environment.container.{key}", "default")
-    return spec.provenance.job_file if origin == "default" else origin

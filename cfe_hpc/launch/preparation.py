@@ -13,7 +13,7 @@ import cfe_hpc
 from cfe_hpc.config.environment import TRAIN_ENTRY
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.launch.interpreter import environment_folder
-from cfe_hpc.launch.refusing import unless
+from cfe_hpc.launch.refusing import stated_in, unless
 from cfe_hpc.runfolder import RunFolder
 
 __all__ = ["preparation", "starter", "verification", "verification_inside"]
@@ -54,7 +54,7 @@ def preparation(spec: RunSpec) -> list[str]:
     """
     environment, lines = spec.job.environment, []
     if environment.modules:
-        file = shlex.quote(_file(spec, "modules"))
+        file = shlex.quote(stated_in(spec, "modules"))
         lines += _MODULES.splitlines()
         lines += [f"cfe_module {file} {shlex.quote(module)}" for module in environment.modules]
     found = environment_folder(spec)
@@ -86,7 +86,7 @@ def verification(spec: RunSpec) -> list[str]:
     found = environment_folder(spec)
     key = "python" if environment.python is not None or found is None else found[0]
     python = shlex.quote(provenance.python)
-    what = f"{_file(spec, key)}: environment.{key}: {provenance.python} is no program on"
+    what = f"{stated_in(spec, key)}: environment.{key}: {provenance.python} is no program on"
     # `command -v` takes paths and names.
     lines += [unless(f'[ -x "$(command -v {python})" ]', what, "name one that every node sees")]
     return [*lines, verifier, _looking(f'{python} -c "${_VERIFY}"')]
@@ -110,23 +110,21 @@ def _looking(words: str) -> str:
 def starter(spec: RunSpec) -> str:
     """The text of start.py, which srun starts: `python start.py MODULE RUN_DIR`. On each node one task looks for the
     packages; then each is that module, in the folder where ranks start."""
-    defined, look = _verifier(spec).rsplit("\n\n", 1)
-    looking = f'if os.environ.get("SLURM_LOCALID", "0") == "0":\n    {look}'
+    looking = f'if os.environ.get("SLURM_LOCALID", "0") == "0":\n    {_look(spec)}'
     start = json.dumps(spec.provenance.start_folder, ensure_ascii=False)
-    return f"{defined}\n\n\n{_text('become')}\n\n{looking}\nbecome(*sys.argv[1:], {start})\n"
-
-
-def _file(spec: RunSpec, key: str) -> str:
-    """Where a key of `[environment]` came from; the job file where nobody has set it."""
-    origin = spec.origins.get(f"job.environment.{key}", "default")
-    return spec.provenance.job_file if origin == "default" else origin
+    return f"{_text('verify')}\n\n{_text('become')}\n\n{looking}\nbecome(*sys.argv[1:], {start})\n"
 
 
 def _verifier(spec: RunSpec) -> str:
     """The program that looks for what the ranks import."""
+    return f"{_text('verify')}\n\n{_look(spec)}"
+
+
+def _look(spec: RunSpec) -> str:
+    """The call by which it looks."""
     # JSON's text and lists are Python's as well, and have no single quotes, which shells write in five characters.
     arguments = (json.dumps(value, ensure_ascii=False) for value in (spec.provenance.start_folder, _packages(spec)))
-    return f"{_text('verify')}\n\nverify({', '.join(arguments)})"
+    return f"verify({', '.join(arguments)})"
 
 
 def _text(name: str) -> str:

@@ -6,7 +6,7 @@ import shlex
 
 from cfe_hpc.config.run import RunSpec
 
-__all__ = ["refusal", "unless"]
+__all__ = ["refusal", "stated_in", "unless"]
 
 _REFUSE = r"""
 cfe_node="${SLURMD_NODENAME:-$(uname -n)}"
@@ -32,6 +32,12 @@ def refusal(spec: RunSpec) -> list[str]:
     """Lines that define `cfe_refuse WHY`, which ends the run as an error of configuration does, and `cfe_node`, the
     node's name."""
     return _REFUSE.replace("PYTHON", shlex.quote(spec.provenance.batch_python)).splitlines()
+
+
+def stated_in(spec: RunSpec, key: str) -> str:
+    """The file that a key of `[environment]` came from; the job file where nobody has set it."""
+    origin = spec.origins.get(f"job.environment.{key}", "default")
+    return spec.provenance.job_file if origin == "default" else origin
 
 
 def unless(test: str, what: str, remedy: str) -> str:
