@@ -65,7 +65,7 @@ cfe_module() {
 }
 cfe_module job.toml cuda/12.4
 umask 027
-[ -d /work/dir ] || cfe_refuse '/work/dir: the folder that the job was submitted from is not there on '"$cfe_node"'; name one that every node sees'
+[ -d /some/where ] || cfe_refuse '/some/where: the folder that the job was submitted from is not there on '"$cfe_node"'; name one that every node sees'
 [ -x "$(command -v '/opt/py thon/bin/python')" ] || cfe_refuse 'job.toml: environment.python: /opt/py thon/bin/python is no program on '"$cfe_node"'; name one that every node sees'
 cfe_verify='"""Run as text (`python -c`) where nothing is known to be installed: it needs the standard library alone."""
 
@@ -100,7 +100,7 @@ def verify(start: str, names: list[str]) -> None:
     sys.exit(78)
 
 
-verify("/work/dir", ["cfe_hpc", "pydantic"])'
+verify("/some/where", ["cfe_hpc", "pydantic"])'
 why="$('/opt/py thon/bin/python' -c "$cfe_verify" 2>&1)" || cfe_refuse "${why#error: }"
 export CFE_ATTEMPT_BASE="${CFE_ATTEMPT_BASE:-0}"
 cd -- "$CFE_RUN_DIR" || exit 1
