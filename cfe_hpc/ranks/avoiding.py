@@ -103,10 +103,21 @@ def _nodes(plan: Plan) -> tuple[set[str], set[str]]:
     """(nodes of the plan's partition that can run a job, all of its nodes)."""
     where = ["-p", plan.queue] if plan.queue else []
     try:
-        shown = run(["sinfo", "-h", "-N", *where, "-o", "%N %t"], timeout_s=_TIMEOUT_S).stdout
+        shown = _asked(["sinfo", "-h", "-N", *where, "-o", "%N %t"])
     except CommandError as error:
         logger.warning("no node is avoided: %s", error)
         return set(), set()
     states = [line.split() for line in shown.splitlines() if len(line.split()) == 2]
     usable = {node for node, state in states if state.rstrip(_FLAGS) in _USABLE and not state.endswith("*")}
     return usable, {node for node, _ in states}
+
+
+def _asked(argv: list[str]) -> str:
+    """What a command prints; it is given once more when a signal ended it. Those of a requeue, which is asked for just
+    before, may reach every process of the job."""
+    try:
+        return run(argv, timeout_s=_TIMEOUT_S).stdout
+    except CommandError as error:
+        if error.completed is None or error.completed.returncode >= 0:
+            raise
+        return run(argv, timeout_s=_TIMEOUT_S).stdout
