@@ -119,6 +119,16 @@ def test_a_job_is_kept_off_the_nodes_that_it_might_get(tmp_path: Path) -> None:
     assert events(folder, "degraded") == []
 
 
+def test_a_question_that_the_signal_of_a_requeue_has_ended_is_asked_again(tmp_path: Path, told: Path) -> None:
+    sinfo, once = told / "sinfo", told / "once"
+    once.touch()
+    sinfo.write_text(sinfo.read_text().replace("\n", f"\n[ ! -e {once} ] || {{ rm {once}; kill -TERM $$; }}\n", 1))
+    folder, spec = slurm_run(tmp_path, nodes=2)
+    exclude(runs_root(folder), exclusion("n1"))
+    assert exclude_option(folder, spec.plan) == ["--exclude=n1"]
+    assert not once.exists()
+
+
 @pytest.mark.usefixtures("told")
 def test_a_job_that_needs_every_node_takes_the_one_that_failed_longest_ago(tmp_path: Path) -> None:
     folder, spec = slurm_run(tmp_path, nodes=3)  # of n1, n2, n3 and n6
