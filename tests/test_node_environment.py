@@ -73,12 +73,14 @@ def test_a_variable_that_is_not_set_is_named(tmp_path: Path) -> None:
         interpreters(loaded(tmp_path, 'venv = "$NO_SUCH/v"'))
 
 
-def run_script(tmp_path: Path, environment: dict[str, Any], **variables: str) -> tuple[RunFolder, str]:
+def run_script(
+    tmp_path: Path, environment: dict[str, Any], *, python: str = sys.executable, **variables: str
+) -> tuple[RunFolder, str]:
     """Run the head of a Slurm job's script up to srun; its run folder, and what it said."""
     folder = RunFolder(tmp_path / "job" / "job-20260101-000000-abcd")
     for sub in (folder.logs, folder.control):
         sub.mkdir(parents=True)
-    spec = make_spec(tmp_path, scheduler="slurm", job={"environment": environment})
+    spec = make_spec(tmp_path, scheduler="slurm", job={"environment": environment}, python=python)
     spec.write(folder.run_toml)
     programs = tmp_path / "programs"
     programs.mkdir(exist_ok=True)
@@ -163,6 +165,32 @@ def test_without_any_python_the_run_still_ends(tmp_path: Path) -> None:
     assert (failed["run_id"], failed["attempt"], failed["cause"]) == (folder.run_id, 2, "configuration")
 
 
+def tampered(tmp_path: Path, *, state: str, ends: str) -> tuple[RunFolder, str]:
+    """The head of a job's script, when its look at the node `ends` like this, under a Slurm that says `state`."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    interpreter = tmp_path / "python"
+    ends = f'[ "$1" = -c ] || exec {sys.executable} "$@"; {ends}'
+    for path, text in ((interpreter, ends), (programs / "scontrol", f"echo JobId=7 JobState={state} Requeue=1")):
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    return run_script(tmp_path, {}, python=str(interpreter))
+
+
+@pytest.mark.parametrize("ends", ["kill -TERM $$", "echo error: lacks all; exit 78"])
+def test_what_looks_at_a_node_that_is_ended_with_its_job_says_nothing_about_the_node(tmp_path: Path, ends: str) -> None:
+    folder, _ = tampered(tmp_path, state="CANCELLED", ends=ends)
+    assert (folder.result(), list(folder.events())) == (None, [])
+
+
+def test_what_looks_at_a_node_and_is_killed_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    folder, said = tampered(tmp_path, state="RUNNING", ends="kill -KILL $$")
+    assert "what looks at the node ended with status 137" in said
+    result, (failed, *_) = folder.result(), folder.events()
+    assert result is not None and result["state"] in ("FAILED", "HELD") and "status 137" in result["reason"]
+    assert failed["cause"] != "configuration"
+
+
 def test_a_snapshot_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = str(tmp_path / "snapshot")
     spec = make_spec(tmp_path)
@@ -195,7 +223,7 @@ def test_what_has_completed_is_not_undone(tmp_path: Path) -> None:
     folder.path.mkdir()
     make_spec(tmp_path).write(folder.run_toml)
     folder.write_result({"state": "COMPLETED"})
-    argv = [sys.executable, "-m", "cfe_hpc.ranks.refusal", str(folder.path), "the export's node lacks a module"]
+    argv = [sys.executable, "-m", "cfe_hpc.ranks.refusal", str(folder.path), "the export's node lacks a module", "1"]
     assert subprocess.run(argv, timeout=60).returncode == 0
     assert folder.result() == {"state": "COMPLETED"}
 

@@ -11,9 +11,14 @@ __all__ = ["refusal", "stated_in", "unless"]
 _REFUSE = r"""
 cfe_node="${SLURMD_NODENAME:-$(uname -n)}"
 cfe_refuse() {
-    local why="${1//[[:cntrl:]]/ }" attempt="$((${CFE_ATTEMPT_BASE:-0} + ${SLURM_RESTART_COUNT:-0}))" event result
+    local status=$? why="${1//[[:cntrl:]]/ }" event result
+    local attempt="$((${CFE_ATTEMPT_BASE:-0} + ${SLURM_RESTART_COUNT:-0}))"
+    why="${why:-what looks at the node ended with status $status}"
     printf 'error: %s\n' "$why" >&2
-    PYTHON -m cfe_hpc.ranks.refusal "$CFE_RUN_DIR" "$why" 2>/dev/null && exit 1
+    PYTHON -m cfe_hpc.ranks.refusal "$CFE_RUN_DIR" "$why" "$status" 2>/dev/null
+    status=$?
+    # A signal means that the job is being ended: whoever does it has the last word.
+    [ "$status" -ne 0 ] && [ "$status" -le 128 ] || exit 1
     # Not even Python is there: the run must not look as if it ran.
     grep -q COMPLETED "$CFE_RUN_DIR/result.json" 2>/dev/null && exit 1
     why="${why//\\/\\\\}" why="${why//\"/\\\"}"
