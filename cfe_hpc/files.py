@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,22 @@ def read_ndjson(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[s
     with stream:
         if last_bytes is not None:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - last_bytes))
-        for line in stream:
-            record = ndjson_record(line)
-            if record is not None:
-                yield record
+        while lines := list(islice(stream, _BLOCK_LINES)):
+            yield from _block(lines)
 
 
+def _block(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    try:
+        # One document of them all: line by line it takes twice as long.
+        records = json.loads((b"[%b]" % b",".join(lines)).decode())
+    except ValueError:
+        records = []
+    if len(records) != len(lines):  # some are torn
+        records = [ndjson_record(line) for line in lines]
+    return (record for record in records if isinstance(record, dict))
+
+
+_BLOCK_LINES = 256
 _decode = json.JSONDecoder().raw_decode
 
 

@@ -157,6 +157,14 @@ def test_appenders_of_several_processes_do_not_mix_lines(tmp_path: Path) -> None
         assert [record["n"] for record in read if record["who"] == who] == list(range(200))
 
 
+@pytest.mark.parametrize("torn", [b'{"a": 1', b'"b": 2}', b"", b"\xff", b"[1]", b'{"a": 1}, {"a": 2}'])
+def test_a_torn_line_costs_no_other(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "log.ndjson"
+    whole = [b'{"n": %d}' % n for n in range(600)]
+    path.write_bytes(b"\n".join([*whole[:300], torn, *whole[300:]]) + b"\n")
+    assert list(read_ndjson(path)) == [{"n": n} for n in range(600)]
+
+
 def test_ndjson_has_words_for_what_json_has_not(tmp_path: Path) -> None:
     path = tmp_path / "log.ndjson"
     append_ndjson(path, {"loss": float("nan"), "deep": [{"x": float("-inf")}], "text": "a\nb\u2028é"})

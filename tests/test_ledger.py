@@ -310,6 +310,42 @@ def test_the_buckets_of_a_part_add_up_whatever_was_written(
         assert all(leg.start <= leg.kept <= leg.end for leg in part.legs if leg.trained)
 
 
+ODD = st.sampled_from([-1.0, float("nan"), float("inf"), "1", None, True, 2])
+ROWS = st.fixed_dictionaries(
+    {"attempt": st.integers(0, 1), "step": STEPS, "time": TIMES},
+    optional={
+        "step_seconds": SECONDS | ODD,
+        "spent": st.dictionaries(st.sampled_from(["restore", "step", "data", "x"]), SECONDS, max_size=3) | ODD,
+    },
+)
+WHOLE = st.fixed_dictionaries(
+    {"attempt": st.just(0), "step": STEPS, "time": TIMES, "step_seconds": SECONDS, "spent": SPENT}
+)
+
+
+@given(st.lists(EVENTS, max_size=4), st.lists(WHOLE | ROWS, max_size=8) | st.lists(WHOLE, max_size=8))
+def test_lines_are_taken_alike_one_by_one_and_together(events: Events, beats: Events) -> None:
+    attempts = read_attempts([started(0, 0, allocated=0), *events])
+    together = gather(attempts, events, beats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cfe_hpc.recovery.buckets._take_alike", lambda of, block: False)
+        one_by_one = gather(attempts, events, beats)
+    for each in (together, one_by_one):
+        split(each)
+    assert repr(together) == repr(one_by_one)
+
+
+def test_lines_that_are_alike_are_taken_together() -> None:
+    attempts = read_attempts([started(0, 0, allocated=0)])
+    beats = [line(0, done, done + 1.0, step=0.75, data=0.25) for done in range(1, 1000)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("cfe_hpc.recovery.buckets._take_beat")
+        (part,) = gather(attempts, [], beats)
+    (leg,) = part.legs
+    assert leg.buckets() == {"data": 249.75, "steps": 749.25}
+    assert (leg.end, part.last_beat_s) == (999, ZERO + 1000)
+
+
 def test_books_of_a_run_that_lost_steps(tmp_path: Path) -> None:
     """Attempt 0 does 10 steps and dies, saved at 6; attempt 1 does 7 to 12 and completes: 4 lost, 12 s of 30 count."""
     events = [

@@ -6,9 +6,12 @@ process began, and what became of it after its last line.
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
 from typing import Any, Literal, get_args
 
 from cfe_hpc.recovery.attempts import Attempt
@@ -19,6 +22,8 @@ __all__ = ["BUCKETS", "Bucket", "LegBooks", "Part", "fitted", "gather", "spent_s
 Bucket = Literal["queue", "startup", "restore", "steps", "lost", "checkpoint", "evaluation", "data", "shutdown"]
 BUCKETS: tuple[Bucket, ...] = get_args(Bucket)
 
+_BLOCK_LINES = 256
+_STAMP_CHARS = len("2026-01-01T00:00:00.000Z")
 _LOOP = ("steps", "lost", "checkpoint", "evaluation", "data")
 _FLUSH_S = 1.0
 """From the event of a stop to the line of the steps before it, at the most."""
@@ -70,6 +75,10 @@ class LegBooks:
     def buckets(self) -> dict[str, float]:
         """The seconds that its lines tell of."""
         found = dict(self.spent_s)
+        begins = (self.start, *self.steps[:-1])
+        if self.kept >= self.end and all(map(operator.lt, begins, self.steps)):
+            found["steps"] = found.get("steps", 0.0) + sum(self.in_steps_s)
+            return found
         for before, step, seconds in zip([self.start, *self.steps], self.steps, self.in_steps_s, strict=False):
             share = (min(step, self.kept) - before) / (step - before) if before < step else float(step <= self.kept)
             share = max(0.0, share)
@@ -120,8 +129,11 @@ def gather(
     follows_s = _follows(parts)
     for event in events:
         _take_event(of, follows_s, event)
-    for beat in heartbeats:
-        _take_beat(of, beat)
+    beats = iter(heartbeats)
+    while block := list(islice(beats, _BLOCK_LINES)):
+        if not _take_alike(of, block):
+            for beat in block:
+                _take_beat(of, beat)
     lowest: int | None = None
     for leg in reversed([leg for part in parts for leg in part.legs if leg.trained]):
         leg.kept = leg.end if lowest is None else max(leg.start, min(leg.end, lowest))
@@ -170,6 +182,37 @@ def _take_beat(of: Mapping[int, list[tuple[Part, int]]], beat: Mapping[str, Any]
     leg.in_steps_s.append(in_steps_s)
     for phase, seconds in others_s.items():
         leg.spent_s[phase] = leg.spent_s.get(phase, 0.0) + seconds
+
+
+def _take_alike(of: Mapping[int, list[tuple[Part, int]]], block: Sequence[Mapping[str, Any]]) -> bool:
+    """Take lines that differ in nothing but figures, as nearly all do, column by column: several times as fast.
+
+    Returns:
+        False, and nothing is taken, where one of them wants a closer look.
+    """
+    try:
+        (number,) = {beat["attempt"] for beat in block}
+        ((part, index),) = of[number]
+        stamps = [beat["time"] for beat in block]
+        alike = {(len(stamp), stamp[-1:]) for stamp in stamps} == {(_STAMP_CHARS, "Z")}
+        steps, step_s = array("q", (beat["step"] for beat in block)), array("d", (b["step_seconds"] for b in block))
+        spents = [beat["spent"] for beat in block]
+        names = set().union(*spents) & {"step", *BUCKETS}
+        seconds = {name: array("d", [spent.get(name, 0.0) for spent in spents]) for name in names}
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        return False
+    # Of stamps that are spelled alike the highest is the latest.
+    said_s = epoch_s(max(stamps)) if alike else None
+    if said_s is None or not all(min(column) >= 0.0 and sum(column) < inf for column in (step_s, *seconds.values())):
+        return False
+    leg = part.legs[index]
+    part.last_beat_s = max(part.last_beat_s or 0.0, said_s)
+    leg.steps.extend(steps)
+    leg.step_s.extend(step_s)
+    leg.in_steps_s.extend(seconds.pop("step", array("d", bytes(8 * len(block)))))
+    for phase, column in seconds.items():
+        leg.spent_s[phase] = leg.spent_s.get(phase, 0.0) + sum(column)
+    return True
 
 
 def spent_s(spent: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
