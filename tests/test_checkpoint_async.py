@@ -221,7 +221,7 @@ def test_writers_killed_at_any_moment_cost_a_save_and_nothing_else(tmp_path: Pat
             saves.begin(content(step, SoloGroup()), step=step)
             writer = saves.writer_pid
             assert writer is not None
-            time.sleep(rng.uniform(0.0, 0.01) if step % 2 else rng.uniform(0.1, 0.3))
+            time.sleep(rng.uniform(0.0, 0.004) if step % 2 else rng.uniform(0.1, 0.3))
             if step % 4 == 3:  # in the middle of a commit, or after it
                 wait_for(lambda: list(tmp_path.glob("*.tmp-*/shard-00000.json")) or not saves.busy(), "written")
                 time.sleep(rng.uniform(0.0, 0.004))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cfe_hpc.checkpoints import folders
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.io.shard import data_facts, write_data, write_file
+from cfe_hpc.checkpoints.io.shard import NewFile, data_facts, write_file
 from cfe_hpc.checkpoints.io.staging import Chunks
 from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.manifest import (
@@ -106,16 +106,19 @@ def unwritten_index(
     )
 
 
-def write_shard(draft: Path, index: ShardIndex, source: Chunks, moment: Fault = ignore) -> bytes:
+def write_shard(
+    draft: Path, index: ShardIndex, source: Chunks, moment: Fault = ignore, *, file: NewFile | None = None
+) -> bytes:
     """Write one rank's data file and its index, both durable on return; what `files` needs to know of them.
 
     Args:
         index: an `unwritten_index`.
+        file: the data file where it is made already.
 
     Raises:
         OSError: naming the file.
     """
-    chunks = write_data(draft / data_name(index.rank), source)
+    chunks = (file or NewFile(draft / data_name(index.rank), source.size_bytes)).write(source)
     moment("data-written")
     sealed = replace(index, chunks=chunks).seal()
     write_file(draft / index_name(index.rank), sealed)

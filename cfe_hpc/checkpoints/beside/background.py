@@ -281,6 +281,9 @@ class Background:
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
         """Copy what must be copied now; a thread asks the writer to follow, and copies the rest."""
+        flight.request = self._request(flight, placement)
+        if not flight.to_nodes:
+            self._crew.worker.tell({"do": "open", **flight.request})
         pieces = [*content.pieces, *content.own]
         head, data = header(flight.identity, self.group.rank), [piece.data for piece in pieces]
         source = Source(head, placement, data, self._fetch(data))
@@ -343,16 +346,13 @@ class Background:
             self._preparation.forget()  # the state outgrows what it was given: next time that is looked at
         self._crew.worker.arena.reserve(data_bytes + len(behind))
         self._crew.worker.arena.view(data_bytes + len(behind))[data_bytes:] = behind
-        flight.request = {
-            "do": "write",
-            "draft": str(flight.draft),
-            "rank": rank,
-            "data_bytes": data_bytes,
-            "index_bytes": len(sealed),
-            "plan_bytes": len(behind) - len(sealed),
-            "needed_bytes": flight.needed_bytes,
-        }
+        flight.request |= {"do": "write", "index_bytes": len(sealed), "plan_bytes": len(behind) - len(sealed)}
         self._crew.worker.ask({**flight.request, **self._to_node(flight)} if flight.to_nodes else flight.request)
+
+    def _request(self, flight: Flight, placement: Placement) -> dict[str, Any]:
+        """What the writer needs to know to make its file."""
+        sizes = {"data_bytes": placement.size_bytes, "needed_bytes": flight.needed_bytes}
+        return {"draft": str(flight.draft), "rank": self.group.rank, **sizes}
 
     def _to_node(self, flight: Flight) -> dict[str, Any]:
         """What is different in the request of a save that goes to the nodes first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -122,6 +123,12 @@ class Worker:
             self._link.send(json.dumps(request).encode())
         except ConnectionError:
             self._answer, self._awaited = {}, False
+
+    def tell(self, request: Mapping[str, Any]) -> None:
+        """Send a request that gets no answer."""
+        assert self._link is not None
+        with contextlib.suppress(ConnectionError):  # it has ended, which the next one's `answer` tells
+            self._link.send(json.dumps(request).encode())
 
     def busy(self) -> bool:
         """Whether the answer is still to come."""

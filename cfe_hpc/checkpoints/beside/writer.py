@@ -26,7 +26,10 @@ from cfe_hpc.checkpoints.beside.company import Company
 from cfe_hpc.checkpoints.beside.nodewriter import NodeWriter, manifest_of, staged
 from cfe_hpc.checkpoints.beside.tidying import Tidying
 from cfe_hpc.checkpoints.io.hugepages import HugePages
-from cfe_hpc.checkpoints.io.staging import Arena
+from cfe_hpc.checkpoints.io.shard import NewFile
+from cfe_hpc.checkpoints.io.staging import Arena, Staged
+from cfe_hpc.checkpoints.manifest import ShardIndex, data_name
+from cfe_hpc.errors import CfeError
 
 __all__ = ["HELD_SIGNALS", "MESSAGE_BYTES", "main", "serve"]
 
@@ -51,8 +54,9 @@ def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     acts: dict[str, Act] = {
         "listen": others.listen,
         "join": others.join,
-        "give_up": others.give_up,
+        "give_up": writer.give_up,
         "attach": writer.attach,
+        "open": pages.held(writer.open),
         "write": pages.held(writer.write),
         "receive": node.receive,
         "write_to_node": pages.held(node.write),
@@ -68,7 +72,8 @@ def serve(
     nice: int,
     afterwards: Callable[[], None] | None = None,
 ) -> None:
-    """Answer a rank's requests, one at a time, by the act that each names, until the rank closes its end.
+    """Answer a rank's requests, one at a time, by the act that each names, until the rank closes its end. What an act
+    answers is sent unless it is empty.
 
     Args:
         rank: the connection to it.
@@ -84,7 +89,9 @@ def serve(
     with rank, contextlib.suppress(ConnectionError):
         while content := rank.recv(MESSAGE_BYTES):
             request = json.loads(content)
-            rank.send(json.dumps(_answer(acts[request["do"]], request)).encode())
+            answer = _answer(acts[request["do"]], request)
+            if answer:
+                rank.send(json.dumps(answer).encode())
             if afterwards is not None:
                 afterwards()
 
@@ -107,6 +114,7 @@ class _Writer:
 
     def __init__(self, arena: Arena, others: Company, tidying: Tidying, pages: HugePages) -> None:
         self._arena, self._others, self._tidying, self._pages = arena, others, tidying, pages
+        self._file: NewFile | None = None
 
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
@@ -115,27 +123,63 @@ class _Writer:
             self._pages.gather(self._arena.memory)
         return {"attached": True}
 
+    def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the draft and this rank's data file in it, for a `write` that follows and tells what is the matter; no
+        answer, for the rank does not wait for a disk.
+
+        To find room for the file the filesystem may have to look at the disk, which keeps a question waiting as soon as
+        another rank's shard is on its way there.
+        """
+        with contextlib.suppress(OSError, CfeError):
+            self._open(request)
+        return {}
+
+    def _open(self, request: Mapping[str, Any]) -> None:
+        self._close()
+        draft, rank = Path(request["draft"]), request["rank"]
+        drafts.enter(draft, rank, request["needed_bytes"])
+        self._file = NewFile(draft / data_name(rank), request["data_bytes"])
+
+    def _close(self) -> None:
+        """Leave a file that was opened in vain: its rank has given up."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def give_up(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """As Company.give_up."""
+        self._close()
+        return self._others.give_up(request)
+
     def write(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Write this rank's shard: a data file, its unwritten index and (rank 0) a plan lie in the arena, in turn.
 
         Rank 0's answer comes when the checkpoint is committed, the others' when they are done.
         """
         data, index, plan = staged(self._arena, request, self._others.beat)
-        rank, draft, token = index.rank, Path(request["draft"]), index.identity.token
-        drafts.enter(draft, rank, request["needed_bytes"])
-        if rank == 0:
-            facts = drafts.write_shard(draft, index, data).decode()
-            manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))
-            drafts.commit(draft.parent, draft, manifest)
-            self._tidying.due(draft.parent, plan["policy"], plan["protect"])
-            return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
+        rank, token = index.rank, index.identity.token
         try:
-            facts = drafts.write_shard(draft, index, data).decode()
+            facts = self._written(request, index, data)
         except Exception as error:
-            self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
+            if rank != 0:
+                self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
             raise
-        self._others.say(token, facts=facts)
-        return {"written": True}
+        if rank != 0:
+            self._others.say(token, facts=facts)
+            return {"written": True}
+        draft = Path(request["draft"])
+        manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))
+        drafts.commit(draft.parent, draft, manifest)
+        self._tidying.due(draft.parent, plan["policy"], plan["protect"])
+        return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
+
+    def _written(self, request: Mapping[str, Any], index: ShardIndex, data: Staged) -> str:
+        """Write the shard; what the manifest says of it."""
+        draft = Path(request["draft"])
+        if self._file is None or self._file.path.parent != draft:
+            self._open(request)  # nobody has, or in vain: this raises what is the matter
+        file, self._file = self._file, None
+        return drafts.write_shard(draft, index, data, file=file).decode()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
 from cfe_hpc.checkpoints.manifest import VERSION, FileFacts, Identity
 from cfe_hpc.errors import CheckpointError
 
-__all__ = ["MAGIC", "data_facts", "header", "num_chunks", "write_data", "write_file"]
+__all__ = ["MAGIC", "NewFile", "data_facts", "header", "num_chunks", "write_data", "write_file"]
 
 MAGIC = b"cfe_hpc shard data\n"
 
@@ -53,23 +53,42 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+class NewFile:
+    """A new data file: its blocks are allocated, its bytes still to be written. One that is not written is closed."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Raises OSError, with `path` as its filename; there is no file then."""
+        self.path = path
+        with _named(path):
+            self._fd = _open_direct(path, size_bytes)
+
+    def write(self, source: Chunks) -> tuple[int, ...]:
+        """Write and close it; durable on return, and past the page cache where the filesystem can do that.
+
+        Returns:
+            crc32c of each chunk.
+
+        Raises:
+            OSError: with the path as its filename.
+        """
+        with _named(self.path):
+            try:
+                sums = stream(self._fd, source)
+                os.fsync(self._fd)
+            finally:
+                self.close()
+        return sums
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def write_data(path: Path, source: Chunks) -> tuple[int, ...]:
-    """Write a new data file, durable on return; it bypasses the page cache where the filesystem can do that.
-
-    Returns:
-        crc32c of each chunk.
-
-    Raises:
-        OSError: with `path` as its filename.
-    """
-    with _named(path):
-        fd = _open_direct(path, source.size_bytes)
-        try:
-            sums = stream(fd, source)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return sums
+    """Make a new data file and write it; returns and raises as NewFile.write."""
+    return NewFile(path, source.size_bytes).write(source)
 
 
 @contextlib.contextmanager
@@ -93,6 +112,7 @@ def _open_direct(path: Path, size_bytes: int) -> int:
         _allocate(fd, size_bytes)
     except OSError:
         os.close(fd)
+        os.unlink(path)
         raise
     return fd
 

@@ -21,8 +21,12 @@ __all__ = ["stream"]
 _THREADS = 4
 """Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
 
-_DEPTH = 8
-"""Requests that the disk has ahead: it is busy until a core is free for the next ones."""
+_DEPTH = 16
+"""Requests that the disk has ahead: it is busy until a core is free for the next ones. A virtual disk may tell of none
+before all that it was given are done, and then stands still until there are more: the fewer such pauses, the better."""
+
+_UNSUMMED = 64
+"""Chunks whose checksums may wait until the whole file is staged: the cores are wanted for that."""
 
 _AT_ONCE = 4
 """So many requests in a row, each done before its call returns, tell that this filesystem does none beside."""
@@ -79,11 +83,12 @@ class _Ahead:
                     self._begin()
                     continue
                 waits = True
-            if len(self._sums) < self._begun:
+            unsummed = self._begun - len(self._sums)
+            if unsummed > _UNSUMMED or (unsummed and self._source.ready(self._source.size_bytes)):
                 self._sums.append(crc32c(self._content(len(self._sums))))
                 self._take_note(wait_s=0.0)
             elif self._unwritten:
-                self._take_note(wait_s=_POLL_S if waits else None)
+                self._take_note(wait_s=_POLL_S if waits or unsummed else None)
             else:
                 time.sleep(_POLL_S)
         return tuple(self._sums)
