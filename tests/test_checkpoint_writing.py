@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -47,10 +48,27 @@ def test_what_lies_in_an_arena_is_written_and_summed(
     arena: Arena, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not beside:
+        monkeypatch.setattr(streaming, "_idle", [])
         monkeypatch.setattr(aio.platform, "machine", lambda: "another")
     path = tmp_path / "data"
     assert write_data(path, Staged(arena, SIZE_BYTES)) == sums_of(arena.view(SIZE_BYTES))
     assert path.read_bytes() == arena.view(SIZE_BYTES)
+
+
+def test_a_queue_serves_one_file_after_the_other_and_none_that_has_failed(
+    arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle: list[Queue] = []
+    monkeypatch.setattr(streaming, "_idle", idle)
+    write_data(tmp_path / "one", Staged(arena, SIZE_BYTES))
+    before = list(idle)
+    write_data(tmp_path / "two", Staged(arena, SIZE_BYTES))
+    assert idle == before and len(idle) <= 1  # none where the filesystem does nothing beside
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+    arena.filled_bytes = TAKEN_BACK
+    with pytest.raises(CheckpointError):
+        write_data(tmp_path / "three", Staged(arena, SIZE_BYTES))
+    assert idle == []
 
 
 def test_the_writer_follows_what_is_still_being_filled(arena: Arena, tmp_path: Path) -> None:
@@ -103,7 +121,7 @@ def test_requests_are_done_beside_and_errors_are_told_of_each(tmp_path: Path) ->
     out, back = page_buffer(4 * BLOCK_BYTES), page_buffer(4 * BLOCK_BYTES)
     out[:] = bytes(range(256)) * (len(out) // 256)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    with Queue(depth=4) as queue:
+    with contextlib.closing(Queue(depth=4)) as queue:
         for at in range(0, len(out), BLOCK_BYTES):
             queue.write(fd, out[at : at + BLOCK_BYTES], at, tag=at)
         done = []
