@@ -164,6 +164,6 @@ def test_the_login_side_loads_neither_torch_nor_numpy(folder: RunFolder, tmp_pat
 
 
 def test_without_crc32c_the_error_says_what_to_install(folder: RunFolder, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "crc32c", None)
+    monkeypatch.setitem(sys.modules, "awscrt.checksums", None)
     code, _, err = call(capsys, "verify", folder.path)
-    assert code == 1 and "pip install crc32c" in err and err.count("\n") == 1
+    assert code == 1 and "pip install awscrt" in err and err.count("\n") == 1

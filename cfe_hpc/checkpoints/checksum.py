@@ -17,7 +17,7 @@ def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
     """The CRC-32C (Castagnoli) of `data`, continued from `seed`, at about the speed of memory.
 
     Raises:
-        CheckpointError: the crc32c package is not installed.
+        CheckpointError: the awscrt package is not installed.
     """
     return crc32c_of([data], seed)
 
@@ -25,11 +25,11 @@ def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
 def crc32c_of(parts: Iterable[bytes | bytearray | memoryview], seed: int = 0) -> int:
     """The same of all parts together, in their order: for thousands of small ones. Raises as `crc32c`."""
     try:
-        from crc32c import crc32c as compute
+        from awscrt.checksums import crc32c as compute
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            "checkpoints are checked with the crc32c package, which is not installed; "
-            "pip install crc32c (it is part of cfe-hpc[train])"
+            "checkpoints are checked with the awscrt package, which is not installed; "
+            "pip install awscrt (it is part of cfe-hpc[train])"
         ) from error
     for part in parts:
         seed = compute(part, seed)

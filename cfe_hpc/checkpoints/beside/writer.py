@@ -42,7 +42,7 @@ MESSAGE_BYTES = 1 << 16
 Act = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 _PR_SET_PDEATHSIG = 1
-_NICE = 5
+_NICE = 7
 _REASON_CHARS = 2000
 
 
