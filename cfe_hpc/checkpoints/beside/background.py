@@ -91,8 +91,8 @@ class Background:
     _alone: bool = field(default=False, init=False)
     _preparation: Preparation = field(init=False)
     _hand: Hand = field(default_factory=lambda: Hand("checkpoint-copy"), init=False)
-    _copiers: ThreadPoolExecutor = field(init=False)
     _num_copiers: int = field(init=False)
+    _copiers: ThreadPoolExecutor | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._crew = Crew(self.group, self.address, tier=self.tier)
@@ -103,7 +103,8 @@ class Background:
         node = 0 if self.tier is None else self.tier.node
         self._preparation = Preparation(self.group, self._crew, self.drain, node=node, limit_bytes=self.limit_bytes)
         self._num_copiers = copy_threads(self.ranks_here)
-        self._copiers = ThreadPoolExecutor(self._num_copiers, "checkpoint-copy")
+        # One thread more would be handed each stretch and wait for a core.
+        self._copiers = ThreadPoolExecutor(self._num_copiers, "checkpoint-copy") if self._num_copiers > 1 else None
 
     @property
     def in_flight(self) -> int | None:
@@ -134,7 +135,8 @@ class Background:
         """
         self._preparation.prepare(content)
         self._hand.do(lambda: None).wait()
-        deque(self._copiers.map(sleep, [_GIVE_WAY_S] * self._num_copiers), maxlen=0)  # its threads start, too
+        if self._copiers is not None:  # its threads start, too
+            deque(self._copiers.map(sleep, [_GIVE_WAY_S] * self._num_copiers), maxlen=0)
         gc.collect()  # it takes 0.1 s with torch loaded, and would come while training waits for a save
 
     def is_ready(self, form: object) -> bool:
@@ -274,7 +276,8 @@ class Background:
         self.settle()
         self._flight = None
         self._hand.close()
-        self._copiers.shutdown()
+        if self._copiers is not None:
+            self._copiers.shutdown()
         self._crew.worker.close()
         if self.drain is not None:
             self.drain.close()
