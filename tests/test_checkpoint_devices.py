@@ -19,6 +19,8 @@ from test_checkpoint_tracked import Training, bits
 from cfe_hpc.checkpoints import store
 from cfe_hpc.checkpoints.beside.workers import Worker
 from cfe_hpc.checkpoints.beside.writer import _Writer
+from cfe_hpc.checkpoints.io import staging
+from cfe_hpc.checkpoints.io.memory import allocate
 from cfe_hpc.checkpoints.io.staging import Arena
 from cfe_hpc.checkpoints.protocols import OnDevice, Piece, SoloGroup
 from cfe_hpc.checkpoints.state import tensors
@@ -189,9 +191,12 @@ def test_without_such_copies_all_is_copied_while_training_waits(tmp_path: Path, 
     assert read_back(tmp_path, 1) == BEFORE
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_pages_of_pinned_memory_stay_where_they_are(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+@pytest.mark.parametrize(("pinned", "huge"), [(True, False), (False, True), (False, False)])
+def test_pages_that_are_pinned_or_huge_stay_where_they_are(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, pinned: bool, huge: bool
+) -> None:
     asked: list[Any] = []
+    monkeypatch.setattr(staging, "allocate", lambda *words: (allocate(*words), huge)[1])
     monkeypatch.setattr(Worker, "ask", lambda self, request: asked.append(request))
     worker, gathered = Worker(), list[memoryview]()
     worker.arena.copies = copies(cuda) if pinned else None
@@ -202,7 +207,7 @@ def test_pages_of_pinned_memory_stay_where_they_are(cuda: Cuda, monkeypatch: pyt
         gather = staticmethod(gathered.append)
 
     _Writer(Arena(worker.arena.fd), None, None, Pages()).attach(*asked)  # type: ignore[arg-type]
-    assert bool(gathered) is not pinned
+    assert bool(gathered) is not (pinned or huge)
     worker.close()
 
 

@@ -17,7 +17,7 @@ from cfe_hpc.checkpoints.checksum import crc32c
 from cfe_hpc.checkpoints.io import aio, hugepages, streaming
 from cfe_hpc.checkpoints.io.aio import Queue
 from cfe_hpc.checkpoints.io.hugepages import HugePages
-from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, collapse, page_buffer, shared_pages
+from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, allocate, collapse, page_buffer, shared_pages
 from cfe_hpc.checkpoints.io.shard import write_data
 from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Arena, Staged, copy_threads
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES
@@ -161,6 +161,26 @@ def test_huge_pages_keep_what_lies_in_them(arena: Arena, monkeypatch: pytest.Mon
     # A kernel that has none is asked once.
     assert asked == [HUGE_BYTES] * len(asked) and len(asked) in (1, len(arena.memory) // HUGE_BYTES)
     assert arena.view(SIZE_BYTES) == before
+
+
+@pytest.mark.parametrize("patience_s", [60.0, -1.0])
+def test_memory_is_there_in_huge_pages_or_small_ones(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> None:
+    monkeypatch.setattr("cfe_hpc.checkpoints.io.memory._PATIENCE_S", patience_s)
+    fd = os.memfd_create("cfe-test-pages")
+    all_huge = allocate(fd, 0, 2 * HUGE_BYTES)
+    os.pwrite(fd, b"stays", HUGE_BYTES - 2)
+    more_are_huge = allocate(fd, 2 * HUGE_BYTES, 6 * HUGE_BYTES)
+    assert os.fstat(fd).st_blocks * 512 == os.fstat(fd).st_size == 6 * HUGE_BYTES
+    assert os.pread(fd, 5, HUGE_BYTES - 2) == b"stays" and os.pread(fd, 1, 5 * HUGE_BYTES) == b"\0"
+    mapped = shared_pages(fd, 6 * HUGE_BYTES)
+    _, _, smaps = Path("/proc/self/smaps").read_text().partition("cfe-test-pages")
+    in_huge_pages = next(line for line in smaps.splitlines() if line.startswith("ShmemPmdMapped:"))
+    if patience_s < 0:
+        assert not all_huge and not more_are_huge
+    if all_huge and more_are_huge:
+        assert in_huge_pages.split()[1] == str(6 * HUGE_BYTES // 1024)
+    mapped.release()
+    os.close(fd)
 
 
 def test_shared_memory_is_unmapped_when_nobody_looks_at_it() -> None:

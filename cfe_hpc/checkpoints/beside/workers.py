@@ -107,8 +107,8 @@ class Worker:
         """Have the process map all of the arena, at its leisure."""
         if self.arena.size_bytes > self._attached_bytes:
             self._attached_bytes = self.arena.size_bytes
-            pinned = self.arena.is_pinned
-            self.ask({"do": "attach", "size_bytes": self._attached_bytes, "pinned": pinned})
+            stays = self.arena.is_pinned or self.arena.is_huge
+            self.ask({"do": "attach", "size_bytes": self._attached_bytes, "stays": stays})
 
     def ask(self, request: Mapping[str, Any]) -> None:
         """Send a request; the answer to the one before must have been taken, unless nobody asks what it is.

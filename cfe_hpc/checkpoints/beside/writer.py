@@ -119,7 +119,7 @@ class _Writer:
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
         self._arena.view(request["size_bytes"])
-        if not request["pinned"]:  # else none of its pages can be moved
+        if not request["stays"]:  # pages that are huge already, or that nobody can move
             self._pages.gather(self._arena.memory)
         return {"attached": True}
 

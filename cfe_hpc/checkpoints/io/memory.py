@@ -7,9 +7,10 @@ import ctypes
 import errno
 import mmap
 import os
+import time
 import weakref
 
-__all__ = ["HUGE_BYTES", "address_of", "collapse", "move", "page_buffer", "shared_pages"]
+__all__ = ["HUGE_BYTES", "address_of", "allocate", "collapse", "move", "page_buffer", "shared_pages"]
 
 _FREE_FROM_BYTES = 1 << 16
 """Below this, letting other threads run costs more than the copy."""
@@ -22,6 +23,11 @@ _MAP_FIXED = 0x10
 _PROT_NONE = 0
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_COLLAPSE = 25  # Linux 6.1
+
+_STRETCH_BYTES = 64 << 20
+_SMALL_S_PER_BYTE = 0.65e-9
+_PATIENCE_S = 0.2
+"""A kernel that has to move other pages out of the way takes longer than small ones do: it is left to do that later."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -85,6 +91,34 @@ def shared_pages(fd: int, size_bytes: int, *, populate: bool = True) -> memoryvi
     array = (ctypes.c_ubyte * size_bytes).from_address(begin)
     weakref.finalize(array, _libc.munmap, begin, size_bytes).atexit = False
     return memoryview(array).cast("B")
+
+
+def allocate(fd: int, begin: int, end: int) -> bool:
+    """Have all pages of a memory file from `begin` to `end`, multiples of a huge page: huge ones while the kernel has
+    some at hand, then small ones. What is there stays.
+
+    A place that holds nothing but a small page becomes a huge one without a copy: for each GB that takes 0.07 s, small
+    pages 0.65 s, and to gather those into huge ones later 2 s.
+
+    Returns:
+        Whether all are huge.
+
+    Raises:
+        OSError: there is no memory for them; those that there are stay.
+    """
+    os.ftruncate(fd, end)
+    memory = shared_pages(fd, end, populate=False)
+    began_s, all_huge = time.monotonic(), True
+    for at in range(begin, end, _STRETCH_BYTES):
+        stretch = memory[at : min(at + _STRETCH_BYTES, end)]
+        for place in range(at, at + len(stretch), HUGE_BYTES):
+            os.pwrite(fd, b"\0", place)  # a write to the mapping would be killed where there is no memory
+        late = time.monotonic() - began_s > _PATIENCE_S + (at - begin) * _SMALL_S_PER_BYTE
+        if late or _libc.madvise(address_of(stretch), len(stretch), _MADV_COLLAPSE) != 0:
+            all_huge = False
+            break
+    os.posix_fallocate(fd, 0, end)
+    return all_huge
 
 
 def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
-from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, address_of, move, shared_pages
+from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, address_of, allocate, move, shared_pages
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
 from cfe_hpc.checkpoints.protocols import Fetch, HostCopies, OnDevice
 from cfe_hpc.errors import CheckpointError
@@ -198,12 +198,14 @@ class Arena:
     Attributes:
         copies: what a device's copies into it are done by: set on a rank before it reserves, it has the memory pinned.
         is_pinned: whether a device writes here by itself. Its pages stay where they are for as long.
+        is_huge: whether all of it is in huge pages, as this process has made it.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("cfe-checkpoint") if fd is None else fd
         self.copies: HostCopies | None = None
         self.is_pinned = False
+        self.is_huge = False
         self._memory = memoryview(b"")
 
     @property
@@ -223,11 +225,12 @@ class Arena:
             return
         whole = -(-(size_bytes + BLOCK_BYTES) // HUGE_BYTES) * HUGE_BYTES
         try:
-            os.posix_fallocate(self.fd, 0, whole)
+            new_are_huge = allocate(self.fd, len(self._memory), whole)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, len(self._memory))
             raise
+        self.is_huge = new_are_huge and (self.is_huge or not self._memory)
         self._map(whole)
 
     def view(self, size_bytes: int) -> memoryview:
