@@ -234,7 +234,7 @@ def test_metrics_are_on_the_gateway_while_it_trains_and_gone_after(submit: Submi
     assert "cfe_hpc_step" in shown
     os.kill(supervisor_of(run), signal.SIGTERM)
     assert run.wait_result()["state"] == "COMPLETED"
-    assert run.run_id not in pushgateway.metrics()
+    run.wait(lambda: run.run_id not in pushgateway.metrics(), 20, "gone")  # the gateway answers 202, "accepted"
 
 
 def with_run(pushgateway: Any, run: LiveRun) -> str | None:
