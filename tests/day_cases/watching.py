@@ -90,7 +90,8 @@ def the_screen_saves_and_cancels_a_run(stage: Stage) -> None:
 
 
 def logs_are_followed_over_a_requeue_to_the_end(stage: Stage) -> None:
-    run = stage.submit("spot", params={"steps": STEPS, "pause_s": 0.15, "variant": "a"})
+    # It must not be done before two programs have started.
+    run = stage.submit("spot", params={"steps": STEPS, "pause_s": 0.4, "variant": "a"})
     run.wait(lambda: run.step() > 3, 90, "training")
     follower = subprocess.Popen(
         [sys.executable, "-m", "cfe_hpc", "logs", "-f", run.run_id],

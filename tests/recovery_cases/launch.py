@@ -52,7 +52,9 @@ def an_attempt_on_fewer_nodes_goes_on(stage: Stage) -> None:
     partitions = {"gpu": {"hardware": "h200", "nodes_max": 8, "options": [f"--reservation={name}"]}}
     try:
         _wait_until_empty(stage, nodes)  # another case's job may have come between the look and the reservation
-        run = stage.submit("gpu", nodes=2, site=site_file(stage.folder, partitions=partitions), launch={"nodes_min": 1})
+        site = site_file(stage.folder, partitions=partitions)
+        params = {"steps": STEPS, "pause_s": 0.4, "variant": "a"}  # longer than two programs take to start
+        run = stage.submit("gpu", nodes=2, site=site, params=params, launch={"nodes_min": 1})
         run.wait_step(3, attempt=0)
         stage.cluster.scontrol("update", f"NodeName={nodes[1]}", "State=DRAIN", "Reason=test")
         stage.cfe("requeue", run.run_id)
