@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfe_hpc.runfolder import RunFolder
+from cfe_hpc.units import epoch_s
 
 Events = list[dict[str, Any]]
 
@@ -14,6 +15,18 @@ Events = list[dict[str, Any]]
 def stamp(seconds: float) -> str:
     minutes, rest = divmod(seconds, 60)
     return f"2026-01-31T10:{int(minutes):02d}:{rest:06.3f}Z"
+
+
+ZERO = epoch_s(stamp(0)) or 0.0
+
+
+def started(number: int, at: float, *, allocated: float, startup: float = 2.0, restart: int = 0) -> dict[str, Any]:
+    detail = {"total_steps": 100, "startup_seconds": startup, "allocated_s": ZERO + allocated, "restart": restart}
+    return {"event": "started", "attempt": number, "time": stamp(at), "detail": detail}
+
+
+def line(number: int, done: int, at: float, /, **spent: float) -> dict[str, Any]:
+    return {"time": stamp(at), "attempt": number, "step": done, "step_seconds": 1.0, "spent": spent}
 
 
 def attempt(
