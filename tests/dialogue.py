@@ -32,6 +32,10 @@ class Dialogue(fdspawn):
         super().__init__(descriptor, timeout=TIMEOUT_S, encoding="utf-8", codec_errors="replace")
         self.process = process
 
+    def __str__(self) -> str:
+        """What stands in a failed test: the last words of the program."""
+        return f"{super().__str__()}; it said last: {(self.before or '')[-2000:]!r}"
+
     def interrupt(self) -> None:
         """Ctrl-C."""
         self.send("\x03")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,22 @@ def test_no_slurm_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     with dialogue("debug", job(tmp_path), "--site", site_file(tmp_path), cwd=tmp_path, env=nowhere) as shown:
         shown.expect_exact("error: srun: command not found; debug from a machine that has Slurm's commands")
         assert shown.ended() == 3
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+def test_a_wait_in_the_queue_is_given_up_though_srun_does_not_hear(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    deaf = 'trap "" INT TERM; echo "srun: job 71 queued and waiting for resources" >&2; while :; do sleep 0.1; done'
+    for name, text in (("srun", deaf), ("scancel", f"echo $* >> {shlex.quote(str(tmp_path / 'cancelled'))}")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {**ENV, "PATH": f"{tmp_path / 'bin'}:{ENV['PATH']}"}
+    with dialogue("debug", job(tmp_path), "--site", site_file(tmp_path), cwd=tmp_path, env=env) as shown:
+        shown.expect_exact("job 71 queued and waiting")
+        shown.interrupt()
+        shown.expect_exact("error: srun: gave no session (status 137")
+        assert shown.ended() == 3
+    assert (tmp_path / "cancelled").read_text().split() == ["71"]
     assert not list((tmp_path / "runs").glob("*/*"))
 
 

@@ -23,6 +23,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from cfe_hpc.ranks.pids import register
+from cfe_hpc.ranks.signals import block
 place = Path(sys.argv[1]) / f"rank-{os.environ['LOCAL_RANK']}"
 heard = []
 def hear(number, frame):
@@ -37,6 +38,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1, sign
 place.with_suffix(".up").touch()
 while "SIGUSR2" not in heard:
     time.sleep(0.01)
+block()  # Python that has begun to end dies of what comes twice
 """
 
 # What torchrun and deepspeed do when they are told to end.

@@ -17,6 +17,7 @@ from cfe_hpc.config.load import Loaded
 from cfe_hpc.config.run import RunSpec
 from cfe_hpc.errors import SchedulerError, UsageError
 from cfe_hpc.files import write_atomic
+from cfe_hpc.launch.backend import backend_for
 from cfe_hpc.launch.container import contained, srun_options
 from cfe_hpc.launch.localranks import place_variables
 from cfe_hpc.launch.plan import plan
@@ -131,25 +132,34 @@ def hold_session(spec: RunSpec, folder: RunFolder, *, script: str) -> int:
         The status of rank 0.
 
     Raises:
-        SchedulerError: Slurm gave no allocation, or is not there; the folder is gone again.
+        SchedulerError: Slurm gave no allocation, or is not there; the folder is gone again, and so is the job.
     """
     write_atomic(folder.submission_script, script)
     if spec.site.scheduler != "slurm":
         facts = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
         record_job(folder, job_id=f"local-{os.getpid()}", scheduler="local", attempt_base=0, **facts)
 
+    queued: list[str] = []
+
     def heard(line: str) -> None:
         waits = re.match(r"srun: job (\d+) queued", line)
         if waits:
+            queued.append(waits[1])
             record_job(folder, job_id=waits[1], scheduler="slurm", attempt_base=0)
 
+    def waiting() -> bool:
+        return bool(queued) and folder.promised("debug-begun") is None
+
     argv = session_argv(spec, folder)
+    of_srun: dict[str, Any] = {"heard": heard, "given_up": waiting} if argv[0] == "srun" else {}
     try:
         with _other_ranks(spec, folder):
-            code = in_terminal(argv, _environment(spec, 0), heard=heard if argv[0] == "srun" else None)
+            code = in_terminal(argv, _environment(spec, 0), **of_srun)
     finally:
         begun = _close(folder)
     if not begun:
+        for job_id in queued:  # a srun that had to be killed leaves it in the queue
+            backend_for("slurm").cancel({"job_id": job_id})
         raise SchedulerError(
             f"{argv[0]}: gave no session (status {code}, its words stand above); try `cfe-hpc check JOB`"
         )

@@ -23,7 +23,11 @@ class _Told(Exception):
 
 
 def in_terminal(
-    argv: Sequence[str], environment: Mapping[str, str], *, heard: Callable[[str], None] | None = None
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    heard: Callable[[str], None] | None = None,
+    given_up: Callable[[], bool] | None = None,
 ) -> int:
     """Run a program in this terminal to its end; its status as the shell tells it. Ctrl-C is for it alone.
 
@@ -31,6 +35,8 @@ def in_terminal(
 
     Args:
         heard: gets each line of the program's standard error, from a thread; they are shown all the same.
+        given_up: whether Ctrl-C means that the program is to end. Asked a while after each one: a program that has
+            not ended by then is ended.
 
     Raises:
         SchedulerError: there is no such program.
@@ -39,8 +45,15 @@ def in_terminal(
     def told(signum: int, frame: FrameType | None) -> None:
         raise _Told
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def interrupted(signum: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _END_S)
+
+    def waited(signum: int, frame: FrameType | None) -> None:
+        if given_up is not None and given_up():
+            raise _Told
+
+    handlers = {signal.SIGTERM: told, signal.SIGHUP: told, signal.SIGINT: interrupted, signal.SIGALRM: waited}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     program = None
     try:
         stderr = None if heard is None else subprocess.PIPE
@@ -55,8 +68,9 @@ def in_terminal(
             f"{argv[0]}: command not found; debug from a machine that has Slurm's commands, or use --site local"
         ) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
     return 128 - status if status < 0 else status
 
 

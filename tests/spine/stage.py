@@ -49,7 +49,7 @@ class Stage:
                 "time": "20m",
                 "partition": partition,
             },
-            "params": {"steps": STEPS, "pause_s": 0.15, "variant": "a"},
+            "params": {"steps": STEPS, "pause_s": 0.25, "variant": "a"},
             **tables,
         }
         if "command" not in job:
