@@ -206,7 +206,7 @@ def test_pages_that_are_pinned_or_huge_stay_where_they_are(
     class Pages:
         gather = staticmethod(gathered.append)
 
-    _Writer(Arena(worker.arena.fd), None, None, Pages()).attach(*asked)  # type: ignore[arg-type]
+    _Writer(Arena(worker.arena.fd), None, None, Pages(), None).attach(*asked)  # type: ignore[arg-type]
     assert bool(gathered) is not (pinned or huge)
     worker.close()
 

@@ -14,9 +14,9 @@ import pytest
 from checkpoint_groups import ThreadGroup, run_ranks
 
 from cfe_hpc.checkpoints.io import neighbours, reads
+from cfe_hpc.checkpoints.io.ahead import Ahead, Job
 from cfe_hpc.checkpoints.io.neighbours import Board, Neighbours
 from cfe_hpc.checkpoints.io.reads import Chunk, read_shared
-from cfe_hpc.checkpoints.io.shard_reader import ShardReader
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.reader import Opened
@@ -93,13 +93,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks that were read from the disk, by any thread."""
     found: list[int] = []
-    scan = ShardReader.scan_chunk
+    begin = Ahead._opened
 
-    def scan_chunk(self: ShardReader, index: int, *words, **named) -> None:
-        found.append(index)
-        scan(self, index, *words, **named)
+    def opened(self: Ahead, job: Job) -> object:
+        found.append(job.index)
+        return begin(self, job)
 
-    monkeypatch.setattr(ShardReader, "scan_chunk", scan_chunk)
+    monkeypatch.setattr(Ahead, "_opened", opened)
     return found
 
 

@@ -5,6 +5,7 @@ A draft folder, a data file and an index from each rank, then a manifest and a r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -28,11 +29,23 @@ from cfe_hpc.checkpoints.manifest import (
 )
 from cfe_hpc.checkpoints.protocols import Fault
 from cfe_hpc.checkpoints.reader import Opened
-from cfe_hpc.errors import DiskFull
+from cfe_hpc.errors import CorruptCheckpoint, DiskFull
 from cfe_hpc.files import fsync_dir
 from cfe_hpc.units import format_size
 
-__all__ = ["claim", "commit", "enter", "files", "ignore", "make_draft", "new_token", "unwritten_index", "write_shard"]
+__all__ = [
+    "claim",
+    "commit",
+    "enter",
+    "extents_digest",
+    "files",
+    "ignore",
+    "make_draft",
+    "new_token",
+    "seal_shard",
+    "unwritten_index",
+    "write_shard",
+]
 
 _MARGIN_BYTES = 1 << 20
 
@@ -106,22 +119,30 @@ def unwritten_index(
     )
 
 
-def write_shard(
-    draft: Path, index: ShardIndex, source: Chunks, moment: Fault = ignore, *, file: NewFile | None = None
-) -> bytes:
+def write_shard(draft: Path, index: ShardIndex, source: Chunks, moment: Fault = ignore) -> bytes:
     """Write one rank's data file and its index, both durable on return; what `files` needs to know of them.
 
     Args:
         index: an `unwritten_index`.
-        file: the data file where it is made already.
 
     Raises:
         OSError: naming the file.
     """
-    chunks = (file or NewFile(draft / data_name(index.rank), source.size_bytes)).write(source)
-    moment("data-written")
-    sealed = replace(index, chunks=chunks).seal()
-    write_file(draft / index_name(index.rank), sealed)
+    file = NewFile(draft / data_name(index.rank), source.size_bytes)
+    return seal_shard(draft, index, file, file.write(source), moment)
+
+
+def seal_shard(draft: Path, index: ShardIndex, file: NewFile, chunks: tuple[int, ...], moment: Fault = ignore) -> bytes:
+    """`write_shard` of a data file that is written, but for its sync: `chunks` is what NewFile.write returned."""
+    try:
+        moment("data-written")
+        sealed = replace(index, chunks=chunks).seal()
+        # Before the sync of the data: one commit of a filesystem's journal then serves both files.
+        write_file(draft / index_name(index.rank), sealed)
+    except BaseException:
+        file.close()
+        raise
+    file.sync()
     moment("index-written")
     data = data_facts(index.data_bytes, chunks)
     return json.dumps([data.size_bytes, data.crc32c, len(sealed), crc32c(sealed)]).encode()
@@ -137,8 +158,11 @@ def files(facts: Sequence[bytes]) -> dict[str, FileFacts]:
     return found
 
 
-def commit(root: Path, draft: Path, manifest: Manifest, moment: Fault = ignore) -> bytes:
+def commit(root: Path, draft: Path, manifest: Manifest, moment: Fault = ignore, *, fits: bool = False) -> bytes:
     """Make a draft with all its shards count: manifest, fsync, rename; durable on return.
+
+    Args:
+        fits: its shards have the same extents as those of a checkpoint that was committed: the indexes are not read.
 
     Returns:
         Nothing, as bytes: what agree's functions take.
@@ -147,9 +171,23 @@ def commit(root: Path, draft: Path, manifest: Manifest, moment: Fault = ignore) 
         CorruptCheckpoint: a shard is missing, or a tensor has a gap.
         OSError: the draft is still a draft.
     """
-    Opened(draft, manifest)  # every index is there, and no tensor has a gap
+    if fits:
+        _refuse_missing(draft, manifest)
+    else:
+        Opened(draft, manifest)  # every index is there, and no tensor has a gap
     write_file(draft / MANIFEST, manifest.seal())
     fsync_dir(draft)
     moment("manifest-written")
     folders.put_in_place(draft, root / folders.step_name(manifest.identity.step))
     return b""
+
+
+def _refuse_missing(draft: Path, manifest: Manifest) -> None:
+    missing = sorted(manifest.files.keys() - set(os.listdir(draft)))
+    if missing:
+        raise CorruptCheckpoint(f"{missing[0]} is missing")
+
+
+def extents_digest(index: ShardIndex) -> str:
+    """The same for two shards whose extents are the same, and for no others."""
+    return hashlib.sha256(repr((index.data_bytes, index.shared, index.own)).encode()).hexdigest()

@@ -13,15 +13,13 @@ import contextlib
 import gc
 import json
 import shutil
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
 
 from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.agree import all_ranks, first_rank, reason
@@ -35,7 +33,7 @@ from cfe_hpc.checkpoints.io.staging import TAKEN_BACK, Source, copy_threads, fet
 from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.layout import Placement
 from cfe_hpc.checkpoints.manifest import Identity
-from cfe_hpc.checkpoints.protocols import Fetch, Group, HostCopies, OnDevice
+from cfe_hpc.checkpoints.protocols import Fetch, Group, HostCopies, OnDevice, Piece
 from cfe_hpc.checkpoints.state.uncollected import uncollected
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content
 from cfe_hpc.checkpoints.tiers.drain import Drain
@@ -91,8 +89,7 @@ class Background:
     _alone: bool = field(default=False, init=False)
     _preparation: Preparation = field(init=False)
     _hand: Hand = field(default_factory=lambda: Hand("checkpoint-copy"), init=False)
-    _num_copiers: int = field(init=False)
-    _copiers: ThreadPoolExecutor | None = field(init=False)
+    _copiers: list[Hand] = field(init=False)
 
     def __post_init__(self) -> None:
         self._crew = Crew(self.group, self.address, tier=self.tier)
@@ -102,9 +99,8 @@ class Background:
             self.drain = Drain(self.root, self.tier, self.policy, self.protect, self.attempt, drainers)
         node = 0 if self.tier is None else self.tier.node
         self._preparation = Preparation(self.group, self._crew, self.drain, node=node, limit_bytes=self.limit_bytes)
-        self._num_copiers = copy_threads(self.ranks_here)
-        # One thread more would be handed each stretch and wait for a core.
-        self._copiers = ThreadPoolExecutor(self._num_copiers, "checkpoint-copy") if self._num_copiers > 1 else None
+        # Training's own thread copies, too.
+        self._copiers = [Hand("checkpoint-copier") for _ in range(copy_threads(self.ranks_here) - 1)]
 
     @property
     def in_flight(self) -> int | None:
@@ -134,9 +130,8 @@ class Background:
             StagingError: there is less memory than it takes; the same on every rank.
         """
         self._preparation.prepare(content)
-        self._hand.do(lambda: None).wait()
-        if self._copiers is not None:  # its threads start, too
-            deque(self._copiers.map(sleep, [_GIVE_WAY_S] * self._num_copiers), maxlen=0)
+        for hand in (self._hand, *self._copiers):  # its thread starts
+            hand.do(lambda: None).wait()
         gc.collect()  # it takes 0.1 s with torch loaded, and would come while training waits for a save
 
     def is_ready(self, form: object) -> bool:
@@ -176,6 +171,11 @@ class Background:
 
     def settle(self) -> None:
         """Wait until this rank's state is copied: it may change from then on. Not collective."""
+        if self._flight is not None and self._flight.handed is not None:
+            self._flight.copied.wait()
+
+    def _await_handed(self) -> None:
+        """Wait until the writer knows all that it must of the save in flight."""
         if self._flight is not None and self._flight.handed is not None:
             self._flight.handed.wait()
 
@@ -264,7 +264,7 @@ class Background:
         """
         done = None
         while self._flight is not None and not self._flight.complete:
-            self.settle()
+            self._await_handed()
             if self._flight.problem is None:
                 self._crew.worker.wait()
             self.group.barrier()  # a draft that one has failed to write is removed when no other writes there
@@ -273,63 +273,76 @@ class Background:
 
     def close(self) -> None:
         """End this rank's writer, whatever it does, and give the memory back."""
-        self.settle()
+        self._await_handed()
         self._flight = None
-        self._hand.close()
-        if self._copiers is not None:
-            self._copiers.shutdown()
+        for hand in (self._hand, *self._copiers):
+            hand.close()
         self._crew.worker.close()
         if self.drain is not None:
             self.drain.close()
 
     def _copy(self, flight: Flight, placement: Placement, content: Content) -> None:
         """Copy what must be copied now; a thread asks the writer to follow, and copies the rest."""
-        flight.request = self._request(flight, placement)
+        arena = self._crew.worker.arena
+        flight.prepare(self.group.rank, placement.size_bytes, arena.begin())
         if not flight.to_nodes:
             self._crew.worker.tell({"do": "open", **flight.request})
         pieces = [*content.pieces, *content.own]
         head, data = header(flight.identity, self.group.rank), [piece.data for piece in pieces]
         source = Source(head, placement, data, self._fetch(data))
-        arena = self._crew.worker.arena
-        arena.filled_bytes = 0
         staged = arena.view(placement.size_bytes)
-        beside = self.copies is not None  # a device's bytes that only a waiting thread can copy are copied now
-        waits = [self.overlap and piece.steady and (beside or type(piece.data) is memoryview) for piece in pieces]
-        later = [at for at, may_wait in enumerate(waits) if may_wait]
-        now = [at for at, may_wait in enumerate(waits) if not may_wait]
-        copied, problems = threading.Event(), list[str]()
-
-        def follow(ends: Iterable[int]) -> None:
-            for end in ends:
-                arena.filled_bytes = min(end, placement.size_bytes - 1)  # the whole is announced last
-
-        def hand_over() -> None:
-            if later:
-                sleep(_GIVE_WAY_S)
-            try:
-                self._ask_write(flight, placement, content)
-                copied.wait()
-                if problems:
-                    raise CheckpointError(problems[0])
-                follow(source.copy(later, staged))
-                flight.torn = bool(later) and not content.unchanged()
-                arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
-            except Exception as error:  # told when all ranks meet again
-                arena.filled_bytes = TAKEN_BACK
-                self._give_up(flight, reason(error))
-
+        now, later = self._order(pieces)
+        copied_now: Future[None] = Future()
         source.lay_out(staged)
-        flight.handed = self._hand.do(hand_over)
+        rest = partial(source.copy, later, staged) if later else None
+        flight.handed = self._hand.do(partial(self._hand_over, flight, placement, content, copied_now, rest))
         try:
             ends = source.copy(now, staged, self._copiers)
             if later:
                 deque(ends, maxlen=0)  # they lie among those that are copied later
             else:
-                follow(ends)
+                self._announce(ends, placement)
         except Exception as error:
-            problems.append(reason(error))
+            copied_now.set_exception(error)
+        else:
+            copied_now.set_result(None)
+
+    def _hand_over(
+        self,
+        flight: Flight,
+        placement: Placement,
+        content: Content,
+        copied_now: Future[None],
+        rest: Callable[[], Iterable[int]] | None,
+    ) -> None:
+        if rest is not None:
+            sleep(_GIVE_WAY_S)
+        try:
+            if flight.to_nodes:  # a writer that was not asked to open a file follows from here on
+                self._ask_write(flight, placement, content)
+            copied_now.result()
+            if rest is not None:
+                self._announce(rest(), placement)
+                flight.torn = not content.unchanged()
+            self._crew.worker.arena.filled_bytes = TAKEN_BACK if flight.torn else placement.size_bytes
+            flight.copied.set()
+            if not flight.to_nodes:  # while the disk writes
+                self._ask_write(flight, placement, content)
+        except Exception as error:  # told when all ranks meet again
+            self._give_up(flight, reason(error))
         finally:
-            copied.set()
+            flight.copied.set()
+
+    def _announce(self, ends: Iterable[int], placement: Placement) -> None:
+        for end in ends:
+            self._crew.worker.arena.filled_bytes = min(end, placement.size_bytes - 1)  # the whole is announced last
+
+    def _order(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """The places of the pieces that are copied now, and of those that are copied while training goes on."""
+        beside = self.copies is not None  # a device's bytes that only a waiting thread can copy are copied now
+        waits = [self.overlap and piece.steady and (beside or type(piece.data) is memoryview) for piece in pieces]
+        places = range(len(pieces))
+        return [at for at in places if not waits[at]], [at for at in places if waits[at]]
 
     def _fetch(self, data: Iterable[memoryview | OnDevice]) -> Fetch:
         """What bytes on devices are copied by; they are those that this thread's work so far leaves there."""
@@ -342,7 +355,7 @@ class Background:
         rank = self.group.rank
         num_shared = len(content.pieces)
         index = drafts.unwritten_index(flight.identity, rank, placement, num_shared=num_shared, state=content.state)
-        sealed, plan = index.seal(), json.dumps(self._plan(flight, content)).encode()
+        sealed, plan = index.seal(), json.dumps(flight.plan(content, self.policy, self.protect)).encode()
         data_bytes = placement.size_bytes
         behind = sealed + plan if rank == 0 else sealed
         if data_bytes + len(behind) > self._crew.worker.arena.size_bytes:
@@ -350,37 +363,13 @@ class Background:
         self._crew.worker.arena.reserve(data_bytes + len(behind))
         self._crew.worker.arena.view(data_bytes + len(behind))[data_bytes:] = behind
         flight.request |= {"do": "write", "index_bytes": len(sealed), "plan_bytes": len(behind) - len(sealed)}
-        self._crew.worker.ask({**flight.request, **self._to_node(flight)} if flight.to_nodes else flight.request)
-
-    def _request(self, flight: Flight, placement: Placement) -> dict[str, Any]:
-        """What the writer needs to know to make its file."""
-        sizes = {"data_bytes": placement.size_bytes, "needed_bytes": flight.needed_bytes}
-        return {"draft": str(flight.draft), "rank": self.group.rank, **sizes}
-
-    def _to_node(self, flight: Flight) -> dict[str, Any]:
-        """What is different in the request of a save that goes to the nodes first."""
-        assert self.tier is not None
-        return {
-            "do": "write_to_node",
-            "home": str(self.tier.home),
-            "leads": self.tier.local_rank == 0,
-            "node_bytes": flight.node_bytes,
-            "limit_bytes": self.tier.limit_bytes,
-            "partner": self._crew.partner,
-        }
-
-    def _plan(self, flight: Flight, content: Content) -> dict[str, Any]:
-        """What rank 0's writer needs to commit: what the manifest says, and what stays."""
-        return {
-            "layout": content.layout,
-            "metrics": {name: repr(value) for name, value in flight.metrics.items()},
-            "policy": asdict(self.policy),
-            "protect": self.protect,
-        }
+        to_node = flight.to_node(self.tier, self._crew.partner) if self.tier is not None and flight.to_nodes else {}
+        self._crew.worker.ask({**flight.request, **to_node})
 
     def _give_up(self, flight: Flight, problem: str) -> None:
         """This rank has nothing to write: rank 0's writer is told, so that it does not wait."""
         flight.problem = problem
+        self._crew.worker.arena.filled_bytes = TAKEN_BACK
         self._crew.worker.ask(
             {"do": "give_up", "token": flight.identity.token, "why": problem, "kind": CheckpointError.__name__}
         )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
 __all__ = ["Hand"]
+
+Result = TypeVar("Result")
 
 
 class Hand:
@@ -26,6 +30,19 @@ class Hand:
         done = threading.Event()
         self._asked.put((act, done))
         return done
+
+    def submit(self, act: Callable[[], Result]) -> Future[Result]:
+        """Have `act` done; what it returns, or raises, as a future."""
+        future: Future[Result] = Future()
+
+        def acting() -> None:
+            try:
+                future.set_result(act())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.do(acting)
+        return future
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:

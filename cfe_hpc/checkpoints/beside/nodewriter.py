@@ -25,20 +25,21 @@ from cfe_hpc.checkpoints.tiers.partner import Receiver, Sending
 from cfe_hpc.files import write_atomic
 from cfe_hpc.runfolder import utc_now
 
-__all__ = ["NodeWriter", "manifest_of", "staged"]
+__all__ = ["NodeWriter", "described", "manifest_of", "staged"]
 
 
-def staged(
-    arena: Arena, request: Mapping[str, Any], beat: Callable[[], None]
-) -> tuple[Staged, ShardIndex, dict[str, Any]]:
-    """What lies in an arena, in turn: a data file, its unwritten index and, rank 0's, a plan.
+def staged(arena: Arena, request: Mapping[str, Any], beat: Callable[[], None]) -> Staged:
+    """The data file that lies first in an arena, or is still being copied there. `beat` is called when the disk is
+    ready for more of it."""
+    return Moving(arena, request["data_bytes"], request["serial"], beat)
 
-    The data file may still be being copied there. `beat` is called when the disk is ready for more of it.
-    """
+
+def described(arena: Arena, request: Mapping[str, Any]) -> tuple[ShardIndex, dict[str, Any]]:
+    """What lies behind the data file in an arena, in turn: its unwritten index and, rank 0's, a plan."""
     data_bytes, index_bytes = request["data_bytes"], request["index_bytes"]
     content = arena.view(data_bytes + index_bytes + request["plan_bytes"])
     index = ShardIndex.unseal(bytes(content[data_bytes : data_bytes + index_bytes]), index_name(request["rank"]))
-    return Moving(arena, data_bytes, beat), index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
+    return index, json.loads(bytes(content[data_bytes + index_bytes :]) or b"{}")
 
 
 def manifest_of(index: ShardIndex, plan: Mapping[str, Any], facts: list[bytes]) -> Manifest:
@@ -72,7 +73,8 @@ class NodeWriter:
 
         It says why the partner has no copy: `without_partner`.
         """
-        data, index, plan = staged(self._arena, request, self._others.beat)
+        data = staged(self._arena, request, self._others.beat)
+        index, plan = described(self._arena, request)
         token, size, rank = index.identity.token, index.identity.world_size, index.rank
         stage = f"{token} written"
         try:

@@ -43,14 +43,10 @@ class Pulse:
 class Moving(Staged):
     """A staged data file that is being written: each chunk that the disk is ready for is a beat."""
 
-    def __init__(self, arena: Arena, size_bytes: int, beat: Callable[[], None]) -> None:
-        super().__init__(arena, size_bytes)
+    def __init__(self, arena: Arena, size_bytes: int, serial: int, beat: Callable[[], None]) -> None:
+        super().__init__(arena, size_bytes, serial)
         self._beat = beat
 
     def ready(self, end: int) -> bool:
         self._beat()
         return super().ready(end)
-
-    def chunk(self, start: int, buffer: memoryview) -> memoryview:
-        self._beat()
-        return super().chunk(start, buffer)

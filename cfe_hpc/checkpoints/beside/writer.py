@@ -17,19 +17,20 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfe_hpc.checkpoints import drafts
 from cfe_hpc.checkpoints.agree import kind_of, reason
 from cfe_hpc.checkpoints.beside.company import Company
-from cfe_hpc.checkpoints.beside.nodewriter import NodeWriter, manifest_of, staged
+from cfe_hpc.checkpoints.beside.datafile import DataFile
+from cfe_hpc.checkpoints.beside.hand import Hand
+from cfe_hpc.checkpoints.beside.nodewriter import NodeWriter, described, manifest_of
 from cfe_hpc.checkpoints.beside.tidying import Tidying
 from cfe_hpc.checkpoints.io.hugepages import HugePages
-from cfe_hpc.checkpoints.io.shard import NewFile
-from cfe_hpc.checkpoints.io.staging import Arena, Staged
-from cfe_hpc.checkpoints.manifest import ShardIndex, data_name
-from cfe_hpc.errors import CfeError
+from cfe_hpc.checkpoints.io.staging import Arena
+from cfe_hpc.checkpoints.manifest import ShardIndex
 
 __all__ = ["HELD_SIGNALS", "MESSAGE_BYTES", "main", "serve"]
 
@@ -49,19 +50,25 @@ _REASON_CHARS = 2000
 def main(socket_fd: int, arena_fd: int, parent: int) -> None:
     """Answer requests until the rank closes its end. Replaces nothing in this process but signals and priority."""
     rank = socket.socket(fileno=socket_fd)
-    arena, others, tidying, pages = Arena(arena_fd), Company(rank), Tidying(), HugePages()
-    writer, node = _Writer(arena, others, tidying, pages), NodeWriter(arena, others)
+    arena, others, tidying, pages, hand = Arena(arena_fd), Company(rank), Tidying(), HugePages(), Hand("checkpoint")
+    hand.do(_give_way)
+    writer, node = _Writer(arena, others, tidying, pages, hand), NodeWriter(arena, others)
     acts: dict[str, Act] = {
         "listen": others.listen,
         "join": others.join,
         "give_up": writer.give_up,
         "attach": writer.attach,
-        "open": pages.held(writer.open),
-        "write": pages.held(writer.write),
+        "open": writer.open,
+        "write": writer.write,
         "receive": node.receive,
-        "write_to_node": pages.held(node.write),
+        "write_to_node": lambda request: hand.submit(partial(pages.held(node.write), request)).result(),
     }
-    serve(rank, parent, acts, nice=_NICE, afterwards=tidying.tidy)
+
+    def tidy() -> None:
+        hand.do(tidying.tidy)
+
+    serve(rank, parent, acts, nice=0, afterwards=tidy)
+    hand.close()
 
 
 def serve(
@@ -83,7 +90,6 @@ def serve(
     _die_with(parent)
     for number in HELD_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # Waking up in time keeps the disk busy and takes little; the kernel derives the I/O priority from this, too.
     with contextlib.suppress(OSError):
         os.nice(nice)
     with rank, contextlib.suppress(ConnectionError):
@@ -94,6 +100,14 @@ def serve(
                 rank.send(json.dumps(answer).encode())
             if afterwards is not None:
                 afterwards()
+
+
+def _give_way() -> None:
+    """Let training have the cores before this thread, and this thread alone: the rest of the process does little, and
+    when it does, everybody waits for it."""
+    # Waking up in time keeps the disk busy and takes little; the kernel derives the I/O priority from this, too.
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
 
 
 def _die_with(parent: int) -> None:
@@ -112,9 +126,11 @@ def _answer(act: Act, request: Mapping[str, Any]) -> dict[str, Any]:
 class _Writer:
     """What a writer keeps between requests."""
 
-    def __init__(self, arena: Arena, others: Company, tidying: Tidying, pages: HugePages) -> None:
-        self._arena, self._others, self._tidying, self._pages = arena, others, tidying, pages
-        self._file: NewFile | None = None
+    def __init__(self, arena: Arena, others: Company, tidying: Tidying, pages: HugePages, hand: Hand) -> None:
+        """`hand` writes data files, and tidies."""
+        self._arena, self._others, self._tidying, self._pages, self._hand = arena, others, tidying, pages, hand
+        self._file: DataFile | None = None
+        self._whole: list[str] = []  # the extents of each rank in the last checkpoint that was committed
 
     def attach(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the arena's pages mapped before the first save asks for them."""
@@ -124,31 +140,25 @@ class _Writer:
         return {"attached": True}
 
     def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the draft and this rank's data file in it, for a `write` that follows and tells what is the matter; no
-        answer, for the rank does not wait for a disk.
-
-        To find room for the file the filesystem may have to look at the disk, which keeps a question waiting as soon as
-        another rank's shard is on its way there.
-        """
-        with contextlib.suppress(OSError, CfeError):
-            self._open(request)
+        """Begin with this rank's data file, for a `write` that follows and tells what is the matter; no answer, for the
+        rank does not wait for a disk."""
+        self._leave()
+        self._begin(request)
         return {}
 
-    def _open(self, request: Mapping[str, Any]) -> None:
-        self._close()
-        draft, rank = Path(request["draft"]), request["rank"]
-        drafts.enter(draft, rank, request["needed_bytes"])
-        self._file = NewFile(draft / data_name(rank), request["data_bytes"])
+    def _begin(self, request: Mapping[str, Any]) -> DataFile:
+        self._file = DataFile(request, self._arena, hand=self._hand, pages=self._pages, beat=self._others.beat)
+        return self._file
 
-    def _close(self) -> None:
-        """Leave a file that was opened in vain: its rank has given up."""
+    def _leave(self) -> None:
+        """Leave a file that was begun in vain."""
         if self._file is not None:
-            self._file.close()
+            self._file.leave()
             self._file = None
 
     def give_up(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """As Company.give_up."""
-        self._close()
+        self._leave()
         return self._others.give_up(request)
 
     def write(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,30 +166,37 @@ class _Writer:
 
         Rank 0's answer comes when the checkpoint is committed, the others' when they are done.
         """
-        data, index, plan = staged(self._arena, request, self._others.beat)
+        index, plan = described(self._arena, request)
         rank, token = index.rank, index.identity.token
         try:
-            facts = self._written(request, index, data)
+            told = self._written(request, index)
         except Exception as error:
             if rank != 0:
                 self._others.give_up({"token": token, "why": reason(error), "kind": kind_of(error)})
             raise
         if rank != 0:
-            self._others.say(token, facts=facts)
+            self._others.say(token, facts=told)
             return {"written": True}
         draft = Path(request["draft"])
-        manifest = manifest_of(index, plan, self._others.gather(token, facts, index.identity.world_size))
-        drafts.commit(draft.parent, draft, manifest)
+        all_told = [json.loads(each) for each in self._others.gather(token, told, index.identity.world_size)]
+        manifest = manifest_of(index, plan, [facts.encode() for facts, _ in all_told])
+        extents = [digest for _, digest in all_told]
+        drafts.commit(draft.parent, draft, manifest, fits=extents == self._whole)
+        self._whole = extents
         self._tidying.due(draft.parent, plan["policy"], plan["protect"])
         return {"durable_s": time.monotonic(), "size_bytes": manifest.size_bytes}
 
-    def _written(self, request: Mapping[str, Any], index: ShardIndex, data: Staged) -> str:
-        """Write the shard; what the manifest says of it."""
+    def _written(self, request: Mapping[str, Any], index: ShardIndex) -> str:
+        """Write the shard; what rank 0's writer must know of it: the manifest's facts, and a digest of its extents."""
         draft = Path(request["draft"])
-        if self._file is None or self._file.path.parent != draft:
-            self._open(request)  # nobody has, or in vain: this raises what is the matter
-        file, self._file = self._file, None
-        return drafts.write_shard(draft, index, data, file=file).decode()
+        if self._file is None or self._file.draft != draft:
+            self._leave()
+            self._begin(request)
+        assert self._file is not None
+        begun, self._file = self._file, None
+        digest = drafts.extents_digest(index)  # while the disk writes
+        file, chunks = begun.result()
+        return json.dumps([drafts.seal_shard(draft, index, file, chunks).decode(), digest])
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ class Board:
             OSError: there is no memory.
         """
         self.threads = max(1, _AT_A_TIME // members)
-        self._fd, self._mine, self._members, self._num_chunks = fd, mine, members, num_chunks
+        self.members = members
+        self._fd, self._mine, self._num_chunks = fd, mine, num_chunks
         num_places = _PLACES_FOR_EACH * self.threads * members
         words = 8 * num_places
         head = -(-(2 * words + members * num_chunks) // HUGE_BYTES) * HUGE_BYTES
@@ -173,7 +174,7 @@ class Board:
             return number, place, False
 
     def _wishers(self, number: int, but: int | None = None) -> Iterator[int]:
-        return (self._wishes[member * self._num_chunks + number] for member in range(self._members) if member != but)
+        return (self._wishes[member * self._num_chunks + number] for member in range(self.members) if member != but)
 
     def _is_free(self, place: int) -> bool:
         number = self._chunks[place]

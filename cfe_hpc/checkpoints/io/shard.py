@@ -63,21 +63,31 @@ class NewFile:
             self._fd = _open_direct(path, size_bytes)
 
     def write(self, source: Chunks) -> tuple[int, ...]:
-        """Write and close it; durable on return, and past the page cache where the filesystem can do that.
+        """Write it, past the page cache where the filesystem can do that; durable once `sync` has returned.
 
         Returns:
             crc32c of each chunk.
 
         Raises:
-            OSError: with the path as its filename.
+            OSError: with the path as its filename; the file is closed.
         """
-        with _named(self.path):
-            try:
-                sums = stream(self._fd, source)
-                os.fsync(self._fd)
-            finally:
-                self.close()
-        return sums
+        with self._in_use():
+            return stream(self._fd, source)
+
+    def sync(self) -> None:
+        """Make what is written durable, and close it. Raises OSError, with the path as its filename."""
+        with self._in_use():
+            os.fsync(self._fd)
+        self.close()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        try:
+            with _named(self.path):
+                yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Leave it as it is."""
@@ -87,8 +97,11 @@ class NewFile:
 
 
 def write_data(path: Path, source: Chunks) -> tuple[int, ...]:
-    """Make a new data file and write it; returns and raises as NewFile.write."""
-    return NewFile(path, source.size_bytes).write(source)
+    """Make a new data file and write it, durable on return; returns and raises as NewFile.write."""
+    file = NewFile(path, source.size_bytes)
+    sums = file.write(source)
+    file.sync()
+    return sums
 
 
 @contextlib.contextmanager

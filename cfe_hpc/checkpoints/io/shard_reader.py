@@ -99,6 +99,10 @@ class ShardReader:
         """What is wrong with copies that another stood in for so far, a line for each."""
         return list(self._faults.values())
 
+    def open_nearest(self) -> int:
+        """A file descriptor of the nearest copy, around the page cache where its filesystem can. Raises OSError."""
+        return _open(self.places[0] / self.name, direct=True)
+
     def bounds(self, index: int) -> tuple[int, int]:
         """(first byte, bytes) of a chunk."""
         start = index * CHUNK_BYTES

@@ -9,10 +9,10 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
 from typing import Protocol
 
 from cfe_hpc.checkpoints.io.memory import HUGE_BYTES, address_of, allocate, move, shared_pages
+from cfe_hpc.checkpoints.io.together import Helper, copy_together
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, Placement
 from cfe_hpc.checkpoints.protocols import Fetch, HostCopies, OnDevice
 from cfe_hpc.errors import CheckpointError
@@ -102,50 +102,50 @@ class Source:
             out[begin:end] = bytes(end - begin)
         out[: len(self._header)] = self._header
 
-    def copy(self, pieces: Sequence[int], out: memoryview, pool: Executor | None = None) -> Iterator[int]:
+    def copy(self, pieces: Sequence[int], out: memoryview, helpers: Sequence[Helper] = ()) -> Iterator[int]:
         """Copy some of the pieces, by their place in `data`, to where they belong in `out`, of the file's size.
 
         Args:
-            pool: threads that do it; this one by default. What is on devices this one has fetched.
+            helpers: do it together with this thread, which has what is on devices fetched.
 
         Yields:
             Where what is copied ends, again and again; of these pieces, everything before that is there.
         """
         on_devices = [self._on_devices[piece] for piece in pieces if piece in self._on_devices]
         if not on_devices:
-            yield from self._copy_on_host(pieces, out, pool)
+            yield from self._copy_on_host(pieces, out, helpers)
             return
         assert self._fetch is not None
-        deque(self._copy_on_host(pieces, out, pool), maxlen=0)  # they lie among the others
+        deque(self._copy_on_host(pieces, out, helpers), maxlen=0)  # they lie among the others
         ends = [at + view.nbytes for at, view in on_devices]
         tasks = [(view, out[at : at + view.nbytes]) for at, view in on_devices]
         yield from (ends[count - 1] for count in self._fetch(tasks))
 
-    def _copy_on_host(self, pieces: Iterable[int], out: memoryview, pool: Executor | None) -> Iterator[int]:
-        def one(stretches: list[tuple[int, memoryview]]) -> int:
-            end = 0
-            for at, view in stretches:
-                end = at + len(view)
-                move(out[at:end], view)
-            return end
+    def _copy_on_host(self, pieces: Iterable[int], out: memoryview, helpers: Sequence[Helper]) -> Iterator[int]:
+        tasks: list[list[tuple[memoryview, memoryview]]] = []
+        ends = [0]
+        for end, task in self._tasks(pieces, out):
+            tasks.append(task)
+            ends.append(end)
+        yield from (ends[done] for done in copy_together(tasks, helpers))
 
-        tasks = list(self._tasks(pieces))
-        yield from map(one, tasks) if pool is None or len(tasks) < 2 else pool.map(one, tasks)
-
-    def _tasks(self, pieces: Iterable[int]) -> Iterator[list[tuple[int, memoryview]]]:
-        """What to copy, in order, in tasks of some size: to hand one to a thread takes as long as to copy 0.1 MB."""
-        task: list[tuple[int, memoryview]] = []
-        size_bytes = 0
+    def _tasks(
+        self, pieces: Iterable[int], out: memoryview
+    ) -> Iterator[tuple[int, list[tuple[memoryview, memoryview]]]]:
+        """(where it ends in `out`, stretches) of each task, in order; they are of some size, for small tensors many."""
+        task: list[tuple[memoryview, memoryview]] = []
+        size_bytes = end = 0
         for at, view in (self._data[piece] for piece in pieces):
             for low in range(0, len(view), _STRETCH_BYTES):
                 stretch = view[low : low + _STRETCH_BYTES]
-                task.append((at + low, stretch))
+                begin, end = at + low, at + low + len(stretch)
+                task.append((out[begin:end], stretch))
                 size_bytes += len(stretch)
                 if size_bytes >= _STRETCH_BYTES:
-                    yield task
+                    yield end, task
                     task, size_bytes = [], 0
         if task:
-            yield task
+            yield end, task
 
 
 def fetch_waiting(tasks: Sequence[tuple[OnDevice, memoryview]]) -> Iterator[int]:
@@ -175,17 +175,22 @@ class Staged:
         content: all of it, as far as it is `ready`.
     """
 
-    def __init__(self, arena: Arena, size_bytes: int) -> None:
-        self.size_bytes, self._arena = size_bytes, arena
+    def __init__(self, arena: Arena, size_bytes: int, serial: int = 0) -> None:
+        """`serial` is what Arena.begin returned where it was copied."""
+        self.size_bytes, self._arena, self._serial = size_bytes, arena, serial
         self.content = arena.view(size_bytes)
 
     def ready(self, end: int) -> bool:
         """Whether the bytes before `end` are there by now; raises CheckpointError when they never will be."""
-        return self._arena.is_filled(end)
+        filled = self._arena.is_filled(end)
+        if self._arena.serial != self._serial:
+            raise CheckpointError("the memory that it was staged in has another save's bytes by now")
+        return filled
 
     def chunk(self, start: int, buffer: memoryview) -> memoryview:
         end = start + len(buffer)
-        self._arena.await_filled(end)
+        while not self.ready(end):
+            time.sleep(_POLL_S)
         return self.content[start:end]
 
 
@@ -239,6 +244,18 @@ class Arena:
             self._map(os.fstat(self.fd).st_size)
         return self._memory[BLOCK_BYTES : BLOCK_BYTES + size_bytes]
 
+    def begin(self) -> int:
+        """Begin to fill it anew: nothing is `filled`, and who still reads what was in it is told so; the new serial."""
+        serial = self.serial + 1
+        self._memory[_WORD_BYTES : 2 * _WORD_BYTES] = serial.to_bytes(_WORD_BYTES, "little")
+        self.filled_bytes = 0
+        return serial
+
+    @property
+    def serial(self) -> int:
+        """How often it was begun to be filled."""
+        return int.from_bytes(self._memory[_WORD_BYTES : 2 * _WORD_BYTES], "little")
+
     @property
     def filled_bytes(self) -> int:
         """The bytes, from the first on, that the writer may take; TAKEN_BACK when it never may."""
@@ -258,11 +275,6 @@ class Arena:
         if filled_bytes == TAKEN_BACK:
             raise CheckpointError("the state was changed while it was copied, outside of an optimizer's step")
         return filled_bytes >= size_bytes
-
-    def await_filled(self, size_bytes: int) -> None:
-        """Wait until the first `size_bytes` are filled; raises as `is_filled`."""
-        while not self.is_filled(size_bytes):
-            time.sleep(_POLL_S)
 
     @property
     def memory(self) -> memoryview:

@@ -8,11 +8,10 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.io.aio import Queue
+from cfe_hpc.checkpoints.io.aio import NoQueueError, Queue, kept_queue
 from cfe_hpc.checkpoints.io.memory import page_buffer
 from cfe_hpc.checkpoints.io.staging import Chunks, Staged
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
@@ -45,31 +44,9 @@ def stream(fd: int, source: Chunks) -> tuple[int, ...]:
         OSError: without the file's name.
     """
     if isinstance(source, Staged) and _is_direct(fd):
-        with contextlib.suppress(_NotBesideError), _queue() as queue:
+        with contextlib.suppress(_NotBesideError, NoQueueError), kept_queue(_DEPTH) as queue:
             return _Ahead(fd, source, queue).run()
     return _on_threads(fd, source)
-
-
-_idle: list[Queue] = []
-"""Kept for the files to come: to end one takes as long as to write 80 MB."""
-
-
-@contextlib.contextmanager
-def _queue() -> Iterator[Queue]:
-    """A queue without requests, whose user leaves none."""
-    try:
-        queue = _idle.pop()
-    except IndexError:
-        try:
-            queue = Queue(_DEPTH)
-        except OSError as error:
-            raise _NotBesideError from error
-    try:
-        yield queue
-    except BaseException:
-        queue.close()
-        raise
-    _idle.append(queue)
 
 
 def _is_direct(fd: int) -> bool:
