@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from checkpoint_groups import all_good, run_ranks
 from test_checkpoint_store import content, find, small_disk
 
 from cfe_hpc.checkpoints.beside.background import Background
+from cfe_hpc.checkpoints.io.staging import Source
 from cfe_hpc.checkpoints.keeping.rotation import Retention
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.store import Content, newest
@@ -134,6 +136,43 @@ def test_a_state_that_changed_while_it_was_copied_is_thrown_away(tmp_path: Path)
         memory[:] = bytes(len(memory))
         assert saves.finish() is not None
     assert read_back(tmp_path, 3) == [b"x" * (20 << 20), b"y"]
+
+
+def test_a_rank_that_cannot_copy_costs_its_save_and_not_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Source.copy
+
+    def refusing(self: Source, *words: Any) -> Iterator[int]:
+        if broken.is_set():
+            broken.clear()  # of one rank alone
+            raise MemoryError("no memory is left")
+        return copy(self, *words)
+
+    broken = threading.Event()
+    monkeypatch.setattr(Source, "copy", refusing)
+
+    def work(group: Any) -> str:
+        with saving(tmp_path, group) as saves:
+            saves.start()
+            for step in (1, 2, 3):
+                group.barrier()
+                if step == 2 and group.rank == 0:
+                    broken.set()
+                group.barrier()
+                saves.begin(content(step, group), step=step)
+                if step != 2:
+                    assert saves.finish() is not None
+                    assert find(tmp_path, group) == (step, [])
+                    continue
+                with pytest.raises(CheckpointError) as failed:
+                    saves.finish()
+                assert find(tmp_path, group) == (1, [])
+        return str(failed.value)
+
+    for told in all_good(run_ranks(2, work)):
+        assert "no memory is left" in told
+    assert sorted(os.listdir(tmp_path)) == ["step-000000001", "step-000000003"]
 
 
 def boundaries_until_saved(saves: Background, group: Any, *, pause_s: float) -> int:

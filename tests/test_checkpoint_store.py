@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from checkpoint_groups import ThreadGroup, all_good, run_ranks
 
-from cfe_hpc.checkpoints import folders
+from cfe_hpc.checkpoints import drafts, folders
 from cfe_hpc.checkpoints.io import shard
-from cfe_hpc.checkpoints.manifest import Manifest
+from cfe_hpc.checkpoints.io.shard import header
+from cfe_hpc.checkpoints.io.staging import Source
+from cfe_hpc.checkpoints.layout import place
+from cfe_hpc.checkpoints.manifest import Identity, Manifest
 from cfe_hpc.checkpoints.protocols import Piece, SoloGroup
 from cfe_hpc.checkpoints.store import CheckpointInfo, Content, newest, save
 from cfe_hpc.errors import CheckpointError, CorruptCheckpoint, DiskFull
@@ -167,12 +170,12 @@ def test_any_flipped_bit_is_found(root: Path) -> None:
     for file in files:
         whole = file.read_bytes()
         places = {0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(80))}
-        for place in sorted(places):
+        for at in sorted(places):
             altered = bytearray(whole)
-            altered[place] ^= 1 << rng.randrange(8)
+            altered[at] ^= 1 << rng.randrange(8)
             file.write_bytes(altered)
             step, reports = find(root, SoloGroup())
-            assert step == 1, (file.name, place)
+            assert step == 1, (file.name, at)
             assert file.name in reports[0][1], reports
         file.write_bytes(whole)
     assert find(root, SoloGroup()) == (2, [])
@@ -333,3 +336,30 @@ def test_metrics_and_layout_return_even_when_not_finite(tmp_path: Path) -> None:
     assert manifest.metrics["loss"] == 1.5 and manifest.metrics["top"] == float("inf")
     assert manifest.metrics["bad"] != manifest.metrics["bad"]
     assert manifest.layout == {"engine": "test"} and info.size_bytes == manifest.size_bytes > BYTES
+
+
+def test_indexes_are_read_at_a_commit_unless_their_extents_are_known_to_fit(tmp_path: Path) -> None:
+    def drafted(step: int, *, gap: bool) -> tuple[Path, Manifest, str]:
+        identity = Identity(run_id="run-1", step=step, attempt=0, world_size=1, token=drafts.new_token())
+        draft = tmp_path / folders.draft_name(step, 0, identity.token)
+        drafts.claim(draft, 1)
+        data = body(step)[:1000] if gap else body(step)
+        piece = Piece(name="w", dtype="uint8", shape=(BYTES,), start=0, data=memoryview(data))
+        placement = place([piece])
+        source = Source(header(identity, 0), placement, [piece.data])
+        index = drafts.unwritten_index(identity, 0, placement, num_shared=1, state=step)
+        facts = drafts.write_shard(draft, index, source)
+        manifest = Manifest(identity=identity, time="now", layout={}, metrics={}, files=drafts.files([facts]))
+        return draft, manifest, drafts.extents_digest(index)
+
+    (first, one, whole), (second, two, same), (third, three, other) = (
+        drafted(step, gap=step == 3) for step in (1, 2, 3)
+    )
+    assert whole == same != other
+    drafts.commit(tmp_path, first, one)
+    (second / "shard-00000.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"shard-00000\.json is missing"):
+        drafts.commit(tmp_path, second, two, fits=True)
+    with pytest.raises(CorruptCheckpoint, match="w"):
+        drafts.commit(tmp_path, third, three)
+    assert [name for name in os.listdir(tmp_path) if ".tmp" not in name] == ["step-000000001"]

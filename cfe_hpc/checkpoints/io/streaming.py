@@ -81,7 +81,8 @@ class _Ahead:
                 self._sums.append(crc32c(self._content(len(self._sums))))
                 self._take_note(wait_s=0.0)
             elif self._unwritten:
-                self._take_note(wait_s=_POLL_S if waits or unsummed else None)
+                # The more the disk has ahead, the longer it does without: to look costs training its core each time.
+                self._take_note(wait_s=_POLL_S * len(self._queue) if waits or unsummed else None)
             else:
                 time.sleep(_POLL_S)
         return tuple(self._sums)
