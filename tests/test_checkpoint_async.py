@@ -40,12 +40,18 @@ def saving(
         saves.close()
 
 
+def states(pid: int) -> set[str]:
+    """What the threads of a process do, as proc(5) tells it; nothing when it has ended, and is reaped."""
+    found = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
+            found.add(path.read_text().rpartition(")")[2].split()[0])
+    return found
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended (and, if it was ours, is reaped)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+    return states(pid) <= {"Z"}
 
 
 def wait_for(ready: Callable[[], Any], what: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from checkpoint_disks import Disk, ext4, mounted
 from checkpoint_groups import all_good, run_ranks
-from test_checkpoint_async import boundaries_until_saved, gone, saving, wait_for
+from test_checkpoint_async import boundaries_until_saved, gone, saving, states, wait_for
 from test_checkpoint_store import content, find, put
 
 from cfe_hpc.checkpoints import drafts, folders
@@ -333,7 +333,7 @@ def test_a_rank_killed_on_a_disk_that_stands_still_takes_its_writer_along_when_i
         writer = int(os.read(reading, 20))
         with disk.frozen():
             os.kill(writer, signal.SIGCONT)
-            wait_for(lambda: "D" in Path(f"/proc/{writer}/stat").read_text().rpartition(")")[2].split()[0], "stuck")
+            wait_for(lambda: "D" in states(writer), "stuck")
             os.kill(rank, signal.SIGKILL)
             os.waitpid(rank, 0)
         wait_for(lambda: gone(writer), "the writer is gone")

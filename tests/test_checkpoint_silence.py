@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from checkpoint_disks import ext4
 from checkpoint_groups import all_good, run_ranks
-from test_checkpoint_async import gone, saving, wait_for
+from test_checkpoint_async import gone, saving, states, wait_for
 from test_checkpoint_store import content, find
 
 from cfe_hpc.checkpoints.beside import hub, pulse, workers
@@ -102,7 +102,7 @@ def test_nobody_waits_for_a_killed_writer_that_waits_for_a_disk(
         with disk.frozen():
             saves.begin(content(1, SoloGroup()), step=1)
             saves.settle()
-            wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D", "it waits")
+            wait_for(lambda: "D" in states(pid), "it waits")
             killing = threading.Thread(target=worker.kill, daemon=True)
             killing.start()
             killing.join(20)
