@@ -184,7 +184,8 @@ class Background:
         flight = self._flight
         if flight is None or flight.handed is None or flight.complete:
             return False
-        return not flight.handed.is_set() or (flight.problem is None and self._crew.worker.busy())
+        # Also when this rank has given up: its writer may be making the file that it was told of before.
+        return not flight.handed.is_set() or self._crew.worker.busy()
 
     def advance(self, busy: bool) -> CheckpointInfo | None:
         """Take note of the save in flight, if it has come to its end. Collective.
@@ -265,8 +266,7 @@ class Background:
         done = None
         while self._flight is not None and not self._flight.complete:
             self._await_handed()
-            if self._flight.problem is None:
-                self._crew.worker.wait()
+            self._crew.worker.wait()
             self.group.barrier()  # a draft that one has failed to write is removed when no other writes there
             done = self.advance(busy=False)
         return done
