@@ -129,7 +129,7 @@ def run(tmp_path: Path) -> Iterator[LiveRun]:
         "resources": {"nodes": 1, "devices_per_node": 2},
         "params": {"steps": 30, "pause_s": 0.1, "variant": "a"},
         "checkpoint": {"every_steps": 10},
-        "recovery": {"hang_after": "4s", "hang_factor": 5.0},
+        "recovery": {"hang_after": "8s", "hang_factor": 10.0},
     }
     site = ["--set", "site.slurm.kill_wait=2s"]
     run = LiveRun.submit(write_job(tmp_path, **job), "local", cwd=tmp_path, env=os.environ, words=tuple(site))

@@ -71,7 +71,7 @@ def a_session_that_waits_is_seen_and_cancelled(stage: Stage) -> None:
     with dialogue("debug", job(stage), "--site", site, cwd=stage.folder, env=stage.cluster.env) as shown:
         shown.expect(r"srun: job (\d+) queued and waiting")
         job_id = shown.match[1]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while (status := json.loads(stage.cfe("status", "--json").stdout)[0])["job_id"] != job_id:
             assert time.monotonic() < deadline, status
         assert status["state"] == "PENDING"

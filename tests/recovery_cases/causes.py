@@ -20,7 +20,7 @@ def a_slurmd_that_dies_alone_is_fenced_and_its_node_named(stage: Stage) -> None:
     try:
         stage.requeued(run, 1)
         run.wait(lambda: run.attempt() == 1, 60, "begun elsewhere")
-        run.wait(lambda: not Path(f"/proc/{ghost}").exists(), 30, "fenced")
+        run.wait(lambda: not Path(f"/proc/{ghost}").exists(), 90, "fenced")
     finally:
         stage.cluster.start_node(node)
     (failed,) = run.events("failed")

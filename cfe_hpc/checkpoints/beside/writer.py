@@ -146,9 +146,8 @@ class _Writer:
         self._begin(request)
         return {}
 
-    def _begin(self, request: Mapping[str, Any]) -> DataFile:
+    def _begin(self, request: Mapping[str, Any]) -> None:
         self._file = DataFile(request, self._arena, hand=self._hand, pages=self._pages, beat=self._others.beat)
-        return self._file
 
     def _leave(self) -> None:
         """Leave a file that was begun in vain."""
@@ -190,8 +189,7 @@ class _Writer:
         """Write the shard; what rank 0's writer must know of it: the manifest's facts, and a digest of its extents."""
         draft = Path(request["draft"])
         if self._file is None or self._file.draft != draft:
-            self._leave()
-            self._begin(request)
+            self.open(request)  # nobody has
         assert self._file is not None
         begun, self._file = self._file, None
         digest = drafts.extents_digest(index)  # while the disk writes
