@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cfe_hpc.checkpoints.io import ahead, aio
+from cfe_hpc.checkpoints.io import aio
 from cfe_hpc.checkpoints.io.ahead import Ahead, Job
 from cfe_hpc.checkpoints.io.reads import Chunk, read_all
 from cfe_hpc.checkpoints.layout import CHUNK_BYTES
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def without_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aio, "_idle", {})
+    monkeypatch.setattr(aio, "_idle", [])
     monkeypatch.setattr(aio.platform, "machine", lambda: "another")
 
 
@@ -39,7 +39,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reads(self: Ahead, queue: aio.Queue, reading: object) -> None:
         read(self, queue, reading)  # type: ignore[arg-type]
-        self._at_once = ahead._AT_ONCE
+        self._at_once = aio.AT_ONCE
 
     monkeypatch.setattr(Ahead, "_read", reads)
 

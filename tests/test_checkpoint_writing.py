@@ -48,7 +48,7 @@ def test_what_lies_in_an_arena_is_written_and_summed(
     arena: Arena, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not beside:
-        monkeypatch.setattr(aio, "_idle", {})
+        monkeypatch.setattr(aio, "_idle", [])
         monkeypatch.setattr(aio.platform, "machine", lambda: "another")
     path = tmp_path / "data"
     assert write_data(path, Staged(arena, SIZE_BYTES)) == sums_of(arena.view(SIZE_BYTES))
@@ -58,9 +58,8 @@ def test_what_lies_in_an_arena_is_written_and_summed(
 def test_a_queue_serves_one_file_after_the_other_and_none_that_has_failed(
     arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_depth: dict[int, list[Queue]] = {}
-    monkeypatch.setattr(aio, "_idle", by_depth)
-    idle = by_depth.setdefault(streaming._DEPTH, [])
+    idle: list[Queue] = []
+    monkeypatch.setattr(aio, "_idle", idle)
     write_data(tmp_path / "one", Staged(arena, SIZE_BYTES))
     before = list(idle)
     write_data(tmp_path / "two", Staged(arena, SIZE_BYTES))

@@ -11,18 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.io.aio import NoQueueError, Queue, kept_queue
+from cfe_hpc.checkpoints.io.aio import AT_ONCE, DEPTH, NoQueueError, Queue, kept_queue
 from cfe_hpc.checkpoints.io.memory import page_buffer
 from cfe_hpc.checkpoints.io.shard_reader import ShardReader
 from cfe_hpc.checkpoints.layout import SLICE_BYTES
 
-__all__ = ["DEPTH", "Ahead", "Job", "Jobs"]
-
-DEPTH = 16
-"""Slices that the disk has ahead; as in `streaming`, it may tell of none before it has done them all."""
-
-_AT_ONCE = 4
-"""So many slices in a row, each there before the call for it returns, tell that this filesystem reads none beside."""
+__all__ = ["Ahead", "Job", "Jobs"]
 
 _POLL_S = 0.0005
 
@@ -105,7 +99,7 @@ class Ahead:
             that were begun are done.
         """
         try:
-            with kept_queue(DEPTH) as queue:
+            with kept_queue() as queue:
                 return self._run(queue)
         except NoQueueError:
             return False
@@ -116,7 +110,7 @@ class Ahead:
                 continue
             if self._slices:
                 self._go_on(queue)
-            elif self._at_once == _AT_ONCE:
+            elif self._at_once == AT_ONCE:
                 return False
             elif self._jobs.ended():
                 return True
@@ -138,7 +132,7 @@ class Ahead:
         """Give the disk another slice, or begin another job, if there is one and room for it."""
         if not self._has_room():
             return False
-        if self._reading is None and self._at_once < _AT_ONCE and (job := self._jobs.next()) is not None:
+        if self._reading is None and self._at_once < AT_ONCE and (job := self._jobs.next()) is not None:
             self._reading = self._opened(job)
             return True
         if self._reading is None:
@@ -172,7 +166,7 @@ class Ahead:
             each.result = -(error.errno or errno.EIO)
             return
         self._tags[tag] = each
-        if tag < _AT_ONCE:
+        if tag < AT_ONCE:
             self._take_note(queue, wait_s=0.0)
             self._at_once += each.result is not None
 

@@ -15,7 +15,14 @@ from collections.abc import Iterator
 
 from cfe_hpc.checkpoints.io.memory import address_of
 
-__all__ = ["NoQueueError", "Queue", "kept_queue"]
+__all__ = ["AT_ONCE", "DEPTH", "NoQueueError", "Queue", "kept_queue"]
+
+DEPTH = 16
+"""Requests that the disk has ahead: it is busy until a core is free for the next ones. A virtual disk may tell of none
+before all that it was given are done, and then stands still until there are more: the fewer such pauses, the better."""
+
+AT_ONCE = 4
+"""So many requests in a row, each done before its call returns, tell that this filesystem does none beside."""
 
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """System calls io_setup, io_destroy, io_getevents, io_submit; the C library has no names for them."""
@@ -142,19 +149,18 @@ class NoQueueError(Exception):
     """This kernel, or what guards it, has no asynchronous I/O."""
 
 
-_idle: dict[int, list[Queue]] = {}
-"""By depth, kept for the files to come: to end one takes as long as to write 80 MB."""
+_idle: list[Queue] = []
+"""Kept for the files to come: to end one takes as long as to write 80 MB."""
 
 
 @contextlib.contextmanager
-def kept_queue(depth: int) -> Iterator[Queue]:
-    """A queue without requests, whose user leaves none. Raises NoQueueError."""
-    idle = _idle.setdefault(depth, [])
+def kept_queue() -> Iterator[Queue]:
+    """A queue without requests, of DEPTH, whose user leaves none. Raises NoQueueError."""
     try:
-        queue = idle.pop()
+        queue = _idle.pop()
     except IndexError:
         try:
-            queue = Queue(depth)
+            queue = Queue(DEPTH)
         except OSError as error:
             raise NoQueueError from error
     try:
@@ -162,4 +168,4 @@ def kept_queue(depth: int) -> Iterator[Queue]:
     except BaseException:
         queue.close()
         raise
-    idle.append(queue)
+    _idle.append(queue)

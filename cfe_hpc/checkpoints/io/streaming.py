@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from cfe_hpc.checkpoints.checksum import crc32c
-from cfe_hpc.checkpoints.io.aio import NoQueueError, Queue, kept_queue
+from cfe_hpc.checkpoints.io.aio import AT_ONCE, NoQueueError, Queue, kept_queue
 from cfe_hpc.checkpoints.io.memory import page_buffer
 from cfe_hpc.checkpoints.io.staging import Chunks, Staged
 from cfe_hpc.checkpoints.layout import BLOCK_BYTES, CHUNK_BYTES, SLICE_BYTES
@@ -21,15 +21,8 @@ __all__ = ["stream"]
 _THREADS = 4
 """Chunks in flight: while one is fetched and summed, and waits for a core to do it, the disk has others."""
 
-_DEPTH = 16
-"""Requests that the disk has ahead: it is busy until a core is free for the next ones. A virtual disk may tell of none
-before all that it was given are done, and then stands still until there are more: the fewer such pauses, the better."""
-
 _UNSUMMED = 64
 """Chunks whose checksums may wait until the whole file is staged: the cores are wanted for that."""
-
-_AT_ONCE = 4
-"""So many requests in a row, each done before its call returns, tell that this filesystem does none beside."""
 
 _POLL_S = 0.0005
 
@@ -44,7 +37,7 @@ def stream(fd: int, source: Chunks) -> tuple[int, ...]:
         OSError: without the file's name.
     """
     if isinstance(source, Staged) and _is_direct(fd):
-        with contextlib.suppress(_NotBesideError, NoQueueError), kept_queue(_DEPTH) as queue:
+        with contextlib.suppress(_NotBesideError, NoQueueError), kept_queue() as queue:
             return _Ahead(fd, source, queue).run()
     return _on_threads(fd, source)
 
@@ -97,10 +90,10 @@ class _Ahead:
         chunk = self._begun
         self._begun += 1
         self._write(chunk, self._content(chunk))
-        if chunk < _AT_ONCE:
+        if chunk < AT_ONCE:
             self._take_note(wait_s=0.0)
             self._at_once += chunk not in self._unwritten
-            if self._at_once == _AT_ONCE:
+            if self._at_once == AT_ONCE:
                 raise _NotBesideError
 
     def _write(self, chunk: int, content: memoryview) -> None:
